@@ -1,0 +1,39 @@
+# make setup | demo | test | test-all | lint | play; everything is installed into .venv and nothing outside it is touched.
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3,$(if $(shell $(v) -c 'import sys; print(1 if sys.version_info[:2] in ((3,11),(3,12)) else "")' 2>/dev/null),$(v))))
+REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-cuda.txt,requirements.txt)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: setup demo play test test-all lint requirements clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: $(REQUIREMENTS) requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: Jafar needs Python 3.11 or 3.12; found $$(python3 --version 2>&1). Install one, or run make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r $(REQUIREMENTS)
+	@touch $@
+
+demo: setup  ## real CoinRun, three trainings, a rollout and its measurement, in runs/demo
+	$(PY) demo.py
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy .
+
+test: setup lint
+	$(PY) -m pytest -m "not slow"
+
+test-all: setup lint
+	$(PY) -m pytest
+
+requirements: setup  ## resolves requirements.in anew; needs uv
+	printf 'numpy>=2,<2.5\n' > $(VENV)/override.txt
+	uv pip compile --quiet --universal --python-version 3.11 --override $(VENV)/override.txt --no-annotate --no-header \
+		--no-emit-index-url --no-emit-find-links requirements.in -o requirements.txt
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,143 @@
+"""A world: tokenizer, latent action model and dynamics model together, and how one is loaded from a path."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from models.dynamics import Dynamics, DynamicsConfig
+from models.errors import InputError
+from models.lam import LAM, LAMConfig
+from models.nn import Compute
+from models.tokenizer import Tokenizer, TokenizerConfig
+
+CONFIG_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig:
+    """What makes up a world.
+
+    lam: None where the dynamics model takes the dataset's true actions.
+    window: Frames in a training clip; a rollout sees this many at once.
+    """
+
+    tokenizer: TokenizerConfig
+    lam: LAMConfig | None
+    dynamics: DynamicsConfig
+    window: int
+
+
+class World(nnx.Module):
+    """A playable world model (Genie)."""
+
+    def __init__(self, cfg: WorldConfig, compute: Compute, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.tokenizer = Tokenizer(cfg.tokenizer, compute, rngs)
+        self.lam = LAM(cfg.lam, compute, rngs) if cfg.lam else None
+        self.dynamics = Dynamics(cfg.dynamics, compute, rngs)
+
+    @property
+    def num_actions(self) -> int:
+        """Actions that a player can choose from."""
+        return self.cfg.dynamics.num_actions
+
+    def infer_actions(self, frames_BTHWC: jax.Array) -> jax.Array:
+        """Latent actions (B, Tm1) between frames in [0, 1]."""
+        if self.lam is None:
+            raise InputError("this world was trained on true actions and has no latent action model to infer them")
+        return self.lam.infer(frames_BTHWC)
+
+
+KINDS: dict[str, tuple[type, type]] = {
+    "tokenizer": (Tokenizer, TokenizerConfig),
+    "lam": (LAM, LAMConfig),
+    "world": (World, WorldConfig),
+}
+Model = TypeVar("Model", Tokenizer, LAM, World)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Reads `<ckpt_dir>/config.json`: kind, model, training configuration and versions.
+
+    Raises:
+      InputError: There is no checkpoint, or it is damaged or of another version.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise InputError(f"{path}: no checkpoint here (no config.json); name the --ckpt_dir of a training")
+    try:
+        config = json.loads(file.read_text())
+        version = config["config_version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged ({error!r}); restore it, or train again in another --ckpt_dir") from error
+    if version != CONFIG_VERSION:
+        raise InputError(f"{file}: checkpoint version {version}, expected {CONFIG_VERSION}; train again")
+    return config
+
+
+def model_config(kind: str, fields: dict[str, Any]) -> Any:
+    """The frozen configuration of a model from what `config.json` holds."""
+    if kind == "world":
+        lam = fields["lam"]
+        return WorldConfig(
+            tokenizer=model_config("tokenizer", fields["tokenizer"]),
+            lam=None if lam is None else model_config("lam", lam),
+            dynamics=DynamicsConfig(**fields["dynamics"]),
+            window=fields["window"],
+        )
+    return KINDS[kind][1](**fields | {"frame_shape": tuple(fields["frame_shape"])})
+
+
+def checkpoint_steps(path: str | Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending."""
+    found = (p for p in Path(path).iterdir() if p.name.isdigit() and (p / "model").is_dir())
+    return sorted(int(p.name) for p in found)
+
+
+def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | None = None) -> Any:  # noqa: B008
+    """Loads a model for inference from the `--ckpt_dir` of its training; nothing else is needed.
+
+    Args:
+      path: The folder that holds `config.json`.
+      kind: "tokenizer", "lam" or "world".
+      step: Which checkpoint; the latest by default. The moving average of the parameters is taken where there is one.
+    Raises:
+      InputError: There is no checkpoint, or it is of another kind.
+    """
+    config = read_config(path)
+    if config["kind"] != kind:
+        raise InputError(f"{path}: holds a {config['kind']}, but a {kind} is needed")
+    steps = checkpoint_steps(path)
+    if not steps or (step is not None and step not in steps):
+        raise InputError(f"{path}: no checkpoint of step {step or 'any'}; there are {steps or 'none'}")
+    cfg = model_config(kind, config["model"])
+    model = nnx.eval_shape(lambda: KINDS[kind][0](cfg, compute, nnx.Rngs(0)))
+    graphdef, abstract = nnx.split(model)
+    folder = Path(path).absolute() / str(step or steps[-1])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    item = "ema" if (folder / "ema").is_dir() else "model"
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))
+    with ocp.StandardCheckpointer() as checkpointer:
+        values = checkpointer.restore(folder / item, target)
+    nnx.replace_by_pure_dict(abstract, values)
+    return nnx.merge(graphdef, abstract)
+
+
+def load_tokenizer(path: str | Path, compute: Compute = Compute(), step: int | None = None) -> Tokenizer:  # noqa: B008
+    """Loads a tokenizer; see `load`."""
+    return load(path, "tokenizer", compute, step)
+
+
+def load_lam(path: str | Path, compute: Compute = Compute(), step: int | None = None) -> LAM:  # noqa: B008
+    """Loads a latent action model; see `load`."""
+    return load(path, "lam", compute, step)
+
+
+def load_world(path: str | Path, compute: Compute = Compute(), step: int | None = None) -> World:  # noqa: B008
+    """Loads a world; see `load`."""
+    return load(path, "world", compute, step)

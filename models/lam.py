@@ -1,0 +1,98 @@
+"""The latent action model: what happened between two frames, in one of a few codes (Genie, §2.1)."""
+
+import dataclasses
+from typing import Annotated, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+
+from models.errors import InputError
+from models.nn import Compute, STConfig, STTransformer, linear, num_patches, patchify, position_table, unpatchify
+from models.vq import VectorQuantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LAMConfig(STConfig):
+    """Size of the latent action model. Defaults: Appendix F, CoinRun."""
+
+    patch_size: int = 16
+    """Side of a patch in pixels; frames that it does not divide are padded."""
+    num_codes: int = 6
+    """Latent actions A."""
+    code_width: int = 32
+    """Width of a latent action."""
+    codebook_decay: float = 0.9
+    """Of the moving average by which codes follow the encoder."""
+    reset_after: int = 15
+    """Steps without use after which a code is moved to a latent of the batch; 0 never."""
+    frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
+    """(H, W, C), set from the dataset."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.patch_size <= min(self.frame_shape[:2]):
+            raise InputError(
+                f"patch_size {self.patch_size} of the latent action model: must be from 1 to the frames' shorter "
+                f"side, {min(self.frame_shape[:2])}"
+            )
+
+
+class ActionReconstruction(NamedTuple):
+    """What the LAM makes of a clip.
+
+    next_frames_BTm1HWC: float32, about [0, 1]; entry t is the prediction of frame t + 1.
+    actions_BTm1: int32; entry t leads from frame t to frame t + 1.
+    latents_BTm1L, commitment: See `models.vq.Quantized`.
+    """
+
+    next_frames_BTm1HWC: jax.Array
+    actions_BTm1: jax.Array
+    latents_BTm1L: jax.Array
+    commitment: jax.Array
+
+
+class LAM(nnx.Module):
+    """Infers the action from all frames up to the next; predicts the next from the past and the action alone."""
+
+    def __init__(self, cfg: LAMConfig, compute: Compute, rngs: nnx.Rngs):
+        self.cfg = cfg
+        channels = cfg.patch_size**2 * cfg.frame_shape[2]
+        N = num_patches(cfg.frame_shape, cfg.patch_size)
+        self.patch_in = linear(channels, cfg.width, compute, rngs, bias=True)
+        # Place 0 is the action token's, which stands beside the patches of every frame.
+        self.encoder_position_Np1M = position_table(N + 1, cfg.width, rngs)
+        self.encoder = STTransformer(cfg, compute, rngs)
+        self.code_in = linear(cfg.width, cfg.code_width, compute, rngs)
+        self.vq = VectorQuantizer(cfg.num_codes, cfg.code_width, cfg.codebook_decay, cfg.reset_after, rngs)
+        self.code_out = linear(cfg.code_width, cfg.width, compute, rngs, bias=True)
+        self.past_in = linear(channels, cfg.width, compute, rngs, bias=True)
+        self.decoder_position_Np1M = position_table(N + 1, cfg.width, rngs)
+        self.decoder = STTransformer(cfg, compute, rngs)
+        self.patch_out = linear(cfg.width, channels, compute, rngs, bias=True)
+
+    def __call__(self, frames_BTHWC: jax.Array) -> ActionReconstruction:
+        """Infers the actions of a clip in [0, 1] and predicts each next frame from them."""
+        quantized = self.vq(self._latents(frames_BTHWC))
+        next_frames = self.predict(frames_BTHWC[:, :-1], quantized.vectors)
+        return ActionReconstruction(next_frames, quantized.codes, quantized.latents, quantized.commitment)
+
+    def infer(self, frames_BTHWC: jax.Array) -> jax.Array:
+        """The latent actions (B, Tm1) of a clip in [0, 1]."""
+        return self.vq(self._latents(frames_BTHWC)).codes
+
+    def predict(self, past_BTm1HWC: jax.Array, actions_BTm1L: jax.Array) -> jax.Array:
+        """Frames 1 ... T - 1 from frames 0 ... T - 2 and the vectors of the actions between them."""
+        patches_BTNP = patchify(past_BTm1HWC, self.cfg.patch_size)
+        actions_BTm1L = actions_BTm1L * self.cfg.code_width**0.5
+        x = jnp.concatenate([self.code_out(actions_BTm1L)[:, :, None], self.past_in(2.0 * patches_BTNP - 1.0)], axis=2)
+        x = self.decoder(x + self.decoder_position_Np1M[...])[:, :, 1:]
+        # The decoder says what changes: a copy of the last frame is where learning starts, not what it must learn.
+        next_BTNP = patches_BTNP.astype(jnp.float32) + self.patch_out(x).astype(jnp.float32)
+        return unpatchify(next_BTNP, self.cfg.patch_size, self.cfg.frame_shape)
+
+    def _latents(self, frames_BTHWC: jax.Array) -> jax.Array:
+        x_BTNM = self.patch_in(2.0 * patchify(frames_BTHWC, self.cfg.patch_size) - 1.0)
+        x = jnp.pad(x_BTNM, ((0, 0), (0, 0), (1, 0), (0, 0))) + self.encoder_position_Np1M[...]
+        return self.code_in(self.encoder(x)[:, 1:, 0])

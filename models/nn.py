@@ -1,0 +1,331 @@
+"""The ST-transformer: attention over space, causal attention over time, feed-forward (Genie, §2 and Figure 4).
+
+Names carry shapes as suffixes, in one alphabet for the whole project:
+
+    B batch          T frames in a clip      S frames in a window or cache
+    H, W, C pixels   N patches per frame     P values per patch (patch² · C)
+    M model width    F feed-forward width    Q attention heads    D width per head
+    L code width     K codes of a codebook   A latent actions     Tm1 = T - 1, Np1 = N + 1
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from models.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model is computed. Nothing here changes the parameters, so it may differ from run to run."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of matrix products and activations; parameters, norms, softmax, logits and losses stay float32."""
+    remat: Literal["none", "block", "dots", "offload"] = "none"
+    """Activation checkpointing: keep everything, recompute each block, keep matrix products only, or keep each
+    block's input in pinned host memory."""
+    attention: Literal["auto", "cudnn", "xla"] = "auto"
+    """Attention kernel; auto takes cuDNN's flash attention on a GPU where dtype and shape allow it, else XLA."""
+
+
+@dataclasses.dataclass(frozen=True)
+class STConfig:
+    """Size of an ST-transformer; what the three models have in common. Defaults: Appendix F."""
+
+    width: int = 512
+    """Model width M; the feed-forward layer is four times as wide."""
+    num_heads: int = 8
+    """Attention heads; must divide the width."""
+    num_blocks: int = 8
+    """ST blocks (in the encoder, and again in the decoder, where there are both)."""
+
+    def __post_init__(self):
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            raise InputError(
+                f"--model.width {self.width}: must be an even multiple of --model.num_heads {self.num_heads}"
+            )
+        if self.num_blocks < 1:
+            raise InputError(f"--model.num_blocks {self.num_blocks}: must be at least 1")
+
+
+class KV(NamedTuple):
+    """Keys and values of one temporal attention layer, or stacked over layers.
+
+    k_BSNQD, v_BSNQD: Of S frames; keys are already rotated by their frame's index.
+    """
+
+    k_BSNQD: jax.Array
+    v_BSNQD: jax.Array
+
+
+def patchify(frames_BTHWC: jax.Array, patch_size: int) -> jax.Array:
+    """Cuts frames into patches (B, T, N, P), row by row; edges are repeated where the patch size does not divide."""
+    B, T, H, W, C = frames_BTHWC.shape
+    p = patch_size
+    frames_BTHWC = jnp.pad(frames_BTHWC, ((0, 0), (0, 0), (0, -H % p), (0, -W % p), (0, 0)), mode="edge")
+    rows, cols = -(-H // p), -(-W // p)
+    x = frames_BTHWC.reshape(B, T, rows, p, cols, p, C)
+    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, T, rows * cols, p * p * C)
+
+
+def unpatchify(patches_BTNP: jax.Array, patch_size: int, frame_shape: tuple[int, int, int]) -> jax.Array:
+    """The inverse of `patchify`: frames (B, T, H, W, C), with the repeated edges cut off."""
+    B, T = patches_BTNP.shape[:2]
+    H, W, C = frame_shape
+    p = patch_size
+    rows, cols = -(-H // p), -(-W // p)
+    x = patches_BTNP.reshape(B, T, rows, cols, p, p, C)
+    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, T, rows * p, cols * p, C)[:, :, :H, :W]
+
+
+def forward_flops(cfg: "STConfig", num_patches: int, num_frames: int) -> int:
+    """Floating-point operations of an ST-transformer's forward pass over one clip; the backward pass is twice that.
+
+    Counted: matrix products and attention (all N² pairs in space, all T² in time). A product of a and b counts 2.
+    """
+    M, N, T = cfg.width, num_patches, num_frames
+    return 2 * (16 * M * M + 2 * N * M + 2 * T * M) * T * N * cfg.num_blocks
+
+
+def num_patches(frame_shape: tuple[int, int, int], patch_size: int) -> int:
+    """Patches per frame, N."""
+    H, W, _ = frame_shape
+    return -(-H // patch_size) * -(-W // patch_size)
+
+
+def attention(
+    q_BSQD: jax.Array, k_BSQD: jax.Array, v_BSQD: jax.Array, *, causal: bool, implementation: str = "auto"
+) -> jax.Array:
+    """Softmax attention along S; every attention over a whole axis goes through here.
+
+    Args:
+      implementation: See `Compute.attention`.
+    Raises:
+      InputError: cuDNN was asked for where it cannot run.
+    """
+    head_width = q_BSQD.shape[-1]
+    fits = q_BSQD.dtype in (jnp.bfloat16, jnp.float16) and head_width % 8 == 0 and head_width <= 128
+    on_gpu = jax.default_backend() == "gpu"
+    if implementation == "cudnn" and not (fits and on_gpu):
+        raise InputError(
+            f"--attention cudnn: needs an NVIDIA GPU, --dtype bfloat16 and a head width that is a multiple of 8; "
+            f"here the backend is {jax.default_backend()}, the dtype {q_BSQD.dtype}, the head width {head_width}"
+        )
+    if implementation == "cudnn" or (implementation == "auto" and fits and on_gpu):
+        return jax.nn.dot_product_attention(q_BSQD, k_BSQD, v_BSQD, is_causal=causal, implementation="cudnn")
+    q_BQSD, k_BQSD, v_BQSD = (x.swapaxes(1, 2) for x in (q_BSQD, k_BSQD, v_BSQD))
+    logits_BQSS = jnp.einsum("bqsd,bqtd->bqst", q_BQSD, k_BQSD, preferred_element_type=jnp.float32)
+    logits_BQSS *= head_width**-0.5
+    if causal:
+        S = q_BQSD.shape[2]
+        logits_BQSS = jnp.where(jnp.tril(jnp.ones((S, S), bool)), logits_BQSS, -jnp.inf)
+    # Dividing by the sum after the product with V touches D values per query instead of S.
+    weights_BQSS = jnp.exp(logits_BQSS - jax.lax.stop_gradient(jnp.max(logits_BQSS, axis=-1, keepdims=True)))
+    y_BQSD = jnp.einsum(
+        "bqst,bqtd->bqsd", weights_BQSS.astype(v_BQSD.dtype), v_BQSD, preferred_element_type=jnp.float32
+    )
+    y_BQSD /= jnp.sum(weights_BQSS, axis=-1, keepdims=True)
+    return y_BQSD.astype(v_BQSD.dtype).swapaxes(1, 2)
+
+
+def rotate(x_BTNQD: jax.Array, start: jax.Array | int) -> jax.Array:
+    """Rotary encoding of time (Su et al. 2021): frame t is rotated by its index `start + t`.
+
+    Scores depend on distances alone, so a window may slide and cached keys stay valid. The slowest wave turns once in
+    about 600 frames.
+    """
+    T, D = x_BTNQD.shape[1], x_BTNQD.shape[-1]
+    frequencies = 100.0 ** (-jnp.arange(D // 2, dtype=jnp.float32) / (D // 2))
+    angles = (start + jnp.arange(T, dtype=jnp.float32))[:, None, None, None] * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    a, b = jnp.split(x_BTNQD.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTNQD.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with fused projections and normalised queries and keys (Dehghani et al. 2023)."""
+
+    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs):
+        head_width = cfg.width // cfg.num_heads
+        self.num_heads = cfg.num_heads
+        self.compute = compute
+        self.qkv = linear(cfg.width, 3 * cfg.width, compute, rngs)
+        self.out = linear(cfg.width, cfg.width, compute, rngs, scale=0.5 / cfg.num_blocks)
+        self.q_norm = RMSNorm(head_width)
+        self.k_norm = RMSNorm(head_width)
+
+    def heads(self, x_BTNM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, each (B, T, N, Q, D)."""
+        B, T, N, M = x_BTNM.shape
+        # Split while the other axes are still folded, as in `Linear`.
+        q, k, v = jnp.split(self.qkv(x_BTNM.reshape(-1, M)), 3, axis=-1)
+        q, k, v = (y.reshape(B, T, N, self.num_heads, -1) for y in (q, k, v))
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class SpatialAttention(Attention):
+    """Each patch attends to the patches of its own frame."""
+
+    def __call__(self, x_BTNM: jax.Array) -> jax.Array:
+        B, T, N, M = x_BTNM.shape
+        q, k, v = (x.reshape(B * T, N, self.num_heads, -1) for x in self.heads(x_BTNM))
+        y = attention(q, k, v, causal=False, implementation=self.compute.attention)
+        return self.out(y.reshape(B, T, N, M))
+
+
+class TemporalAttention(Attention):
+    """Each patch attends to the same place in its own and earlier frames."""
+
+    def __call__(self, x_BTNM: jax.Array, past: KV | None = None, start: jax.Array | int = 0) -> tuple[jax.Array, KV]:
+        """Attends over the given frames, or, with a cache, lets one new frame attend to itself and to the cache.
+
+        Args:
+          x_BTNM: A clip; with `past`, a single frame (T = 1).
+          past: Keys and values of S earlier frames, of which the first `min(start, S)` slots are filled.
+          start: Index of the first given frame in the whole video.
+        Returns:
+          The output and the given frames' own keys and values.
+        """
+        B, T, N, M = x_BTNM.shape
+        q, k, v = self.heads(x_BTNM)
+        q, k = rotate(q, start), rotate(k, start)
+        if past is None:
+            q_, k_, v_ = (x.swapaxes(1, 2).reshape(B * N, T, self.num_heads, -1) for x in (q, k, v))
+            y = attention(q_, k_, v_, causal=True, implementation=self.compute.attention)
+            y = y.reshape(B, N, T, M).swapaxes(1, 2)
+        else:
+            y = self._attend_to_cache(q, k, v, past, start).reshape(B, T, N, M)
+        return self.out(y), KV(k, v)
+
+    def _attend_to_cache(self, q: jax.Array, k: jax.Array, v: jax.Array, past: KV, start: jax.Array | int) -> jax.Array:
+        # The cache and the frame itself are scored apart: joining them would copy the cache at every step.
+        scale = q.shape[-1] ** -0.5
+        past_BNQS = jnp.einsum("btnqd,bsnqd->bnqs", q, past.k_BSNQD, preferred_element_type=jnp.float32) * scale
+        self_BNQS = jnp.einsum("btnqd,bsnqd->bnqs", q, k, preferred_element_type=jnp.float32) * scale
+        filled_S = jnp.arange(past_BNQS.shape[-1]) < start
+        past_BNQS = jnp.where(filled_S, past_BNQS, -jnp.inf)
+        weights = jax.nn.softmax(jnp.concatenate([past_BNQS, self_BNQS], axis=-1), axis=-1).astype(v.dtype)
+        y = jnp.einsum("bnqs,bsnqd->bnqd", weights[..., :-1], past.v_BSNQD)
+        return (y + weights[..., -1:] * v[:, 0])[:, None]
+
+
+class STBlock(nnx.Module):
+    """Pre-norm residual block: attention over space, attention over time, feed-forward."""
+
+    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs):
+        self.spatial_norm = RMSNorm(cfg.width)
+        self.spatial = SpatialAttention(cfg, compute, rngs)
+        self.temporal_norm = RMSNorm(cfg.width)
+        self.temporal = TemporalAttention(cfg, compute, rngs)
+        self.ffn_norm = RMSNorm(cfg.width)
+        self.ffn_in = linear(cfg.width, 4 * cfg.width, compute, rngs)
+        self.ffn_out = linear(4 * cfg.width, cfg.width, compute, rngs, scale=0.5 / cfg.num_blocks)
+
+    def __call__(self, x_BTNM: jax.Array, past: KV | None, start: jax.Array | int) -> tuple[jax.Array, KV]:
+        # Squared ReLU (So et al. 2021) learns as well as GELU here and takes half the time on a CPU.
+        x_BTNM += self.spatial(self.spatial_norm(x_BTNM))
+        y_BTNM, kv = self.temporal(self.temporal_norm(x_BTNM), past, start)
+        x_BTNM += y_BTNM
+        x_BTNM += self.ffn_out(jnp.square(jax.nn.relu(self.ffn_in(self.ffn_norm(x_BTNM)))))
+        return x_BTNM, kv
+
+
+class STTransformer(nnx.Module):
+    """A stack of ST blocks, with a norm at the end. Blocks are stacked parameters, scanned: they compile once."""
+
+    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs):
+        self.compute = compute
+
+        @nnx.split_rngs(splits=cfg.num_blocks)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs: nnx.Rngs) -> STBlock:
+            return STBlock(cfg, compute, rngs)
+
+        self.blocks = stack(rngs)
+        self.norm = RMSNorm(cfg.width)
+
+    def __call__(self, x_BTNM: jax.Array) -> jax.Array:
+        """Transforms a whole clip."""
+        return self.run(x_BTNM, None, 0, keep=False)[0]
+
+    def run(
+        self, x_BTNM: jax.Array, past: KV | None, start: jax.Array | int, keep: bool = True
+    ) -> tuple[jax.Array, KV | None]:
+        """Transforms a clip, or one frame after a cache (see `TemporalAttention`).
+
+        Returns:
+          The output and, if `keep`, the given frames' keys and values, stacked over the blocks.
+        """
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(x_BTNM: jax.Array, layer: tuple[Any, KV | None]) -> tuple[jax.Array, KV | None]:
+            params, past = layer
+            x_BTNM = checkpoint_name(x_BTNM, "block_input")
+            x_BTNM, kv = nnx.merge(graphdef, params)(x_BTNM, past, start)
+            return x_BTNM, kv if keep else None
+
+        dtype = jnp.dtype(self.compute.dtype)
+        x_BTNM, kvs = jax.lax.scan(remat(body, self.compute.remat), x_BTNM.astype(dtype), (stacked, past))
+        return self.norm(x_BTNM), kvs
+
+
+def remat(body: Callable, how: str) -> Callable:
+    """Wraps the body of a scan over blocks in activation checkpointing; see `Compute.remat`."""
+    policies = jax.checkpoint_policies
+    if how == "none":
+        return body
+    policy = {
+        "block": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["block_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[how]
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+class Linear(nnx.Linear):
+    """A dense layer over the last axis. The others are folded into one: XLA's CPU products are twice as fast so."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def linear(
+    inputs: int, outputs: int, compute: Compute, rngs: nnx.Rngs, *, scale: float = 1.0, bias: bool = False
+) -> Linear:
+    """A dense layer with float32 parameters and products in the compute dtype; `scale` is that of the variance."""
+    return Linear(
+        inputs,
+        outputs,
+        use_bias=bias,
+        dtype=jnp.dtype(compute.dtype),
+        param_dtype=jnp.float32,
+        kernel_init=nnx.initializers.variance_scaling(scale, "fan_in", "truncated_normal"),
+        rngs=rngs,
+    )
+
+
+def position_table(num_patches: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
+    """A learned encoding of space, (N, M)."""
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_patches, width)))

@@ -1,0 +1,163 @@
+"""Rollouts: from prompt frames to a state, and from a state and an action to the next frame.
+
+Keys and values of past frames are cached, in the dynamics model and in the tokenizer's decoder, so that each MaskGIT
+step computes one frame and not the window. The caches are rings of `window - 1` frames: a rollout of any length needs
+constant memory and constant time per frame.
+"""
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.errors import InputError
+from models.genie import World
+from models.nn import KV
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the tokens of a frame are drawn (Chang et al. 2022). Defaults: Genie, Appendix F."""
+
+    steps: int = 25
+    """MaskGIT steps per frame."""
+    temperature: float = 1.0
+    """Of the tokens' distribution; 0 takes the likeliest."""
+    order: Literal["confidence", "random"] = "confidence"
+    """Which tokens a step settles: the likeliest (with noise that fades over the steps), or random ones."""
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise InputError(f"--steps {self.steps}: must be at least 1")
+        if self.temperature < 0:
+            raise InputError(f"--temperature {self.temperature}: must not be negative")
+
+
+class RolloutState(NamedTuple):
+    """All that the next frame depends on, besides the action.
+
+    dynamics, decoder: Caches stacked over blocks, of S = window - 1 frames; frame t lies in slot t % S.
+    frame: Index of the next frame, int32.
+    """
+
+    dynamics: KV
+    decoder: KV
+    frame: jax.Array
+
+
+def start_rollout(world: World, frames_BTHWC: jax.Array, actions_BTm1: jax.Array) -> RolloutState:
+    """Reads prompt frames.
+
+    Args:
+      frames_BTHWC: At least one frame, in [0, 1]; of more than `window - 1`, the last ones count.
+      actions_BTm1: int32, the actions between them; empty for a single frame.
+    """
+    S = world.cfg.window - 1
+    frames_BTHWC, actions_BTm1 = frames_BTHWC[:, -S:], actions_BTm1[:, -S + 1 :] if S > 1 else actions_BTm1[:, :0]
+    tokens_BTN = world.tokenizer.encode(frames_BTHWC)
+    T = tokens_BTN.shape[1]
+    actions_BT = jnp.pad(actions_BTm1[:, : T - 1], ((0, 0), (1, 0)), constant_values=-1)
+    _, dynamics = world.dynamics.run(tokens_BTN, jnp.zeros_like(tokens_BTN, bool), actions_BT, None, 0)
+    _, decoder = world.tokenizer.decode_frames(tokens_BTN, None, 0)
+    # Stacked over blocks, the axes are (blocks, B, S, N, Q, D).
+    ring = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, S - T)] + [(0, 0)] * 3), (dynamics, decoder))
+    return RolloutState(ring[0], ring[1], jnp.int32(T))
+
+
+def next_frame(
+    world: World, state: RolloutState, action_B: jax.Array, key: jax.Array, cfg: SamplingConfig
+) -> tuple[jax.Array, RolloutState]:
+    """Draws the frame that an action leads to.
+
+    Args:
+      action_B: int32, one action for each rollout of the batch.
+    Returns:
+      The frame (B, H, W, C), float32 in [0, 1], and the state after it.
+    """
+    action_B1 = action_B[:, None]
+    S = state.dynamics.k_BSNQD.shape[2]
+
+    def logits(tokens_BN: jax.Array, hidden_BN: jax.Array) -> jax.Array:
+        out, _ = world.dynamics.run(tokens_BN[:, None], hidden_BN[:, None], action_B1, state.dynamics, state.frame)
+        return out[:, 0]
+
+    tokens_BN = fill_tokens(logits, (len(action_B), world.cfg.dynamics.num_patches), key, cfg)
+    # Once more with all tokens in view: these keys and values are what later frames see.
+    tokens_B1N = tokens_BN[:, None]
+    _, dynamics = world.dynamics.run(
+        tokens_B1N, jnp.zeros_like(tokens_B1N, bool), action_B1, state.dynamics, state.frame
+    )
+    frames_B1HWC, decoder = world.tokenizer.decode_frames(tokens_B1N, state.decoder, state.frame)
+
+    def write(ring: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), state.frame % S, axis=2)
+
+    caches = jax.tree.map(write, (state.dynamics, state.decoder), (dynamics, decoder))
+    return jnp.clip(frames_B1HWC[:, 0], 0.0, 1.0), RolloutState(caches[0], caches[1], state.frame + 1)
+
+
+def rollout(
+    world: World, frames_BTHWC: jax.Array, actions_BS: jax.Array, key: jax.Array, cfg: SamplingConfig
+) -> jax.Array:
+    """Plays a sequence of actions from prompt frames.
+
+    Args:
+      frames_BTHWC: T prompt frames in [0, 1].
+      actions_BS: int32; `actions_BS[:, t]` leads from frame t to frame t + 1, the first T - 1 between prompt frames.
+    Returns:
+      The S + 1 - T predicted frames that follow the prompt, (B, S + 1 - T, H, W, C), float32 in [0, 1].
+    """
+    return _rollout(*nnx.split(world), frames_BTHWC, actions_BS, key, cfg)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "cfg"))
+def _rollout(graphdef, variables, frames_BTHWC, actions_BS, key, cfg):
+    world = nnx.merge(graphdef, variables)
+    T = frames_BTHWC.shape[1]
+    state = start_rollout(world, frames_BTHWC, actions_BS[:, : T - 1])
+
+    def play(state: RolloutState, action_B: jax.Array) -> tuple[RolloutState, jax.Array]:
+        frame_BHWC, state = next_frame(world, state, action_B, jax.random.fold_in(key, state.frame), cfg)
+        return state, frame_BHWC
+
+    return jax.lax.scan(play, state, actions_BS[:, T - 1 :].swapaxes(0, 1))[1].swapaxes(0, 1)
+
+
+def fill_tokens(logits_fn, shape: tuple[int, int], key: jax.Array, cfg: SamplingConfig) -> jax.Array:
+    """MaskGIT: starts with all tokens hidden and settles some in each step, on a cosine schedule.
+
+    Args:
+      logits_fn: From tokens (B, N) and a mask of the hidden ones to logits (B, N, K).
+    Returns:
+      Tokens (B, N), int32, all settled.
+    """
+    N = shape[1]
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        tokens_BN, hidden_BN = carry
+        token_key, order_key = jax.random.split(jax.random.fold_in(key, i))
+        log_p = jax.nn.log_softmax(logits_fn(tokens_BN, hidden_BN))
+        if cfg.temperature == 0:
+            drawn_BN = jnp.argmax(log_p, axis=-1).astype(jnp.int32)
+        else:
+            drawn_BN = jax.random.categorical(token_key, log_p / cfg.temperature).astype(jnp.int32)
+        tokens_BN = jnp.where(hidden_BN, drawn_BN, tokens_BN)
+        done = (i + 1) / cfg.steps
+        noise_BN = jax.random.gumbel(order_key, shape)
+        if cfg.order == "random":
+            score_BN = noise_BN
+        else:
+            confidence_BN = jnp.take_along_axis(log_p, tokens_BN[..., None], axis=-1)[..., 0]
+            score_BN = confidence_BN + cfg.temperature * (1 - done) * noise_BN
+        score_BN = jnp.where(hidden_BN, score_BN, jnp.inf)
+        # Settled tokens score infinity and stay; the lowest `still_hidden` are drawn again in the next step.
+        still_hidden = jnp.floor(N * jnp.cos(jnp.pi / 2 * done)).astype(jnp.int32)
+        rank_BN = jnp.argsort(jnp.argsort(score_BN, axis=-1), axis=-1)
+        return tokens_BN, hidden_BN & (rank_BN < still_hidden)
+
+    carry = (jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool))
+    # cos(pi / 2) is not quite zero in float32, but its product with N is far below one: the last step settles all.
+    return jax.lax.fori_loop(0, cfg.steps, step, carry)[0]

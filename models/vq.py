@@ -1,0 +1,99 @@
+"""Vector quantisation with a codebook of directions (van den Oord et al. 2017; cosine form, Yu et al. 2022).
+
+The codebook follows the encoder by a moving average instead of a gradient; codes that nobody uses are moved to where
+the encoder is. Both happen in `update`, once a step, and their state is saved with the model.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Codebook(nnx.Variable):
+    """State of a codebook: changed by training, but not by gradients."""
+
+
+class Quantized(NamedTuple):
+    """What a quantiser gives for latents of shape (..., L).
+
+    vectors: (..., L), unit codes, with the latents' gradient (straight through).
+    codes: (...) int32.
+    latents: (..., L), the unit latents, without gradient; what `update` learns from.
+    commitment: Mean squared distance of the unit latents from their codes, float32.
+    """
+
+    vectors: jax.Array
+    codes: jax.Array
+    latents: jax.Array
+    commitment: jax.Array
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Scales vectors to length 1 in float32; zero stays zero."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
+class VectorQuantizer(nnx.Module):
+    """Replaces each latent by the code nearest in direction.
+
+    Args:
+      num_codes: K.
+      code_width: L.
+      decay: Of the moving average that codes follow.
+      reset_after: Steps without use after which a code is moved to a random latent of the batch; 0 never.
+    """
+
+    def __init__(self, num_codes: int, code_width: int, decay: float, reset_after: int, rngs: nnx.Rngs):
+        self.decay = decay
+        self.reset_after = reset_after
+        # Only directions count; lengths weigh a code's past against the batch in `update`.
+        self.sums_KL = Codebook(unit(jax.random.normal(rngs.params(), (num_codes, code_width))))
+        self.idle_K = Codebook(jnp.zeros(num_codes, jnp.int32))
+
+    @property
+    def codebook_KL(self) -> jax.Array:
+        """The codes, of length 1."""
+        return unit(self.sums_KL[...])
+
+    def __call__(self, z: jax.Array) -> Quantized:
+        """Quantises latents (..., L)."""
+        z = unit(z)
+        # float32 products also where the rest is bfloat16: near-ties decide which codes are learned.
+        scores = jnp.einsum("...l,kl->...k", z, self.codebook_KL, precision=jax.lax.Precision.HIGHEST)
+        codes = jnp.argmax(jax.lax.stop_gradient(scores), axis=-1).astype(jnp.int32)
+        vectors = self.codebook_KL[codes]
+        commitment = jnp.mean(jnp.sum(jnp.square(z - vectors), axis=-1))
+        straight_through = z + jax.lax.stop_gradient(vectors - z)
+        return Quantized(straight_through, codes, jax.lax.stop_gradient(z), commitment)
+
+    def lookup(self, codes: jax.Array) -> jax.Array:
+        """Codes (...) to unit vectors (..., L)."""
+        return self.codebook_KL[codes]
+
+    def update(self, latents: jax.Array, codes: jax.Array, key: jax.Array) -> None:
+        """Moves codes towards the latents of a whole batch that chose them, and resets idle ones.
+
+        Args:
+          latents: (..., L), unit latents of the batch.
+          codes: (...), the codes they chose.
+          key: Chooses which latents replace idle codes.
+        """
+        sums_KL, idle_K = self.sums_KL[...], self.idle_K[...]
+        num_codes, width = sums_KL.shape
+        latents = latents.reshape(-1, width)
+        counts_K = jnp.zeros(num_codes).at[codes.reshape(-1)].add(1.0)
+        batch_KL = jnp.zeros_like(sums_KL).at[codes.reshape(-1)].add(latents)
+        used_K = counts_K > 0
+        moved_KL = self.decay * sums_KL + (1 - self.decay) * batch_KL
+        sums_KL = jnp.where(used_K[:, None], moved_KL, sums_KL)
+        idle_K = jnp.where(used_K, 0, idle_K + 1)
+        if self.reset_after:
+            reset_K = idle_K >= self.reset_after
+            fresh_KL = latents[jax.random.randint(key, (num_codes,), 0, len(latents))]
+            sums_KL = jnp.where(reset_K[:, None], fresh_KL, sums_KL)
+            idle_K = jnp.where(reset_K, 0, idle_K)
+        self.sums_KL[...] = sums_KL
+        self.idle_K[...] = idle_K

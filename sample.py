@@ -1,0 +1,143 @@
+"""Rolls out a trained world from prompt frames and sets the result against the truth.
+
+    python sample.py --checkpoint runs/dynamics
+
+Writes rollout.gif, rollout.mp4 (truth over prediction, the action on each frame), rollout.png (a strip of the frames)
+and rollout.json (PSNR and SSIM of each frame).
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.errors import InputError
+from models.genie import World, load_world, read_config
+from models.nn import Compute
+from models.sampling import SamplingConfig, rollout
+from utils.cli import run
+from utils.data import Batch, ClipSource, batches
+from utils.metrics import psnr, ssim
+from utils.video import label, strip, upscale, write_png, write_video
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(SamplingConfig):
+    """Samples videos from a world; its architecture comes from the checkpoint alone."""
+
+    checkpoint: str = "runs/dynamics"
+    """--ckpt_dir of the world's training."""
+    output_dir: str = ""
+    """Where to write; default: samples/ in the checkpoint's folder."""
+    data_dir: str = ""
+    """Dataset of the prompts; default: the one that the world was trained on."""
+    split: str = "val"
+    """Split of the prompts: train, val or test."""
+    actions: str = "inferred"
+    """inferred: the latent actions of the true video (a world of true actions takes those); random; true: the dataset's
+    actions; or a list such as 0,3,3,5, repeated to the end."""
+    prompt_frames: int = 1
+    """Frames to start from."""
+    num_frames: int = 0
+    """Frames to predict; 0 fills the window that the world was trained on."""
+    num_clips: int = 8
+    """Rollouts, from as many clips."""
+    shown_clips: int = 4
+    """How many of them to draw."""
+    scale: int = 3
+    """Enlargement of the frames that are written."""
+    seed: int = 0
+    """Of the choice of clips and of sampling."""
+    dtype: str = "auto"
+    """float32 or bfloat16; auto takes bfloat16 on a GPU."""
+
+
+def choose_actions(cfg: Config, world: World, clips: Batch, frames_BTHWC: jax.Array, length: int) -> np.ndarray:
+    """Actions (B, length), int32, from frame t to frame t + 1."""
+    A, B = world.num_actions, len(frames_BTHWC)
+    if cfg.actions == "random":
+        return np.random.default_rng(cfg.seed).integers(0, A, (B, length), np.int32)
+    if cfg.actions == "true" and world.lam is not None:
+        raise InputError("--actions true: this world was trained on latent actions; use inferred, random or a list")
+    if cfg.actions in ("inferred", "true"):
+        known = clips.actions_BT if world.lam is None else world.infer_actions(frames_BTHWC)
+        return np.asarray(known)[:, :length]
+    if not re.fullmatch(r"\d+(,\d+)*", cfg.actions):
+        raise InputError(f"--actions {cfg.actions}: expected inferred, random, true or a list such as 0,3,3,5")
+    given = [int(a) for a in cfg.actions.split(",")]
+    if max(given) >= A:
+        raise InputError(f"--actions {cfg.actions}: this world has the actions 0 to {A - 1}")
+    return np.broadcast_to(np.resize(np.array(given, np.int32), length), (B, length))
+
+
+def draw(cfg: Config, truth: np.ndarray, predicted: np.ndarray, actions: np.ndarray, fps: float, folder: Path) -> None:
+    """Writes the pictures. Frames are uint8 (B, T, H, W, C); beyond the truth's end its last frame stays."""
+    missing = predicted.shape[1] - truth.shape[1]
+    truth = np.concatenate([truth, truth[:, -1:].repeat(missing, axis=1)], axis=1) if missing > 0 else truth
+    truth, predicted = upscale(truth, cfg.scale), upscale(predicted, cfg.scale)
+    frames = []
+    for t in range(predicted.shape[1]):
+        columns = []
+        for b in range(len(predicted)):
+            name = "prompt" if t < cfg.prompt_frames else f"action {actions[b, t - 1]}"
+            top, bottom = label(truth[b, t], f"truth {t}"), label(predicted[b, t], name)
+            columns.append(np.concatenate([top, bottom], axis=0))
+        frames.append(np.concatenate(columns, axis=1))
+    video = np.stack(frames)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_video(folder / "rollout.gif", video, fps)
+    write_video(folder / "rollout.mp4", video, fps)
+    rows = [row for b in range(len(predicted)) for row in (truth[b], predicted[b])]
+    write_png(folder / "rollout.png", strip(np.stack(rows)))
+
+
+def main(cfg: Config) -> None:
+    default = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    world = load_world(cfg.checkpoint, Compute(dtype=default if cfg.dtype == "auto" else cfg.dtype))  # type: ignore[arg-type]
+    data_dir = cfg.data_dir or read_config(cfg.checkpoint)["train"]["data_dir"]
+    num_frames = cfg.num_frames or world.cfg.window - cfg.prompt_frames
+    if cfg.prompt_frames < 1 or num_frames < 1:
+        raise InputError(f"--prompt_frames {cfg.prompt_frames}: must be from 1 to {world.cfg.window - 1}")
+    from_truth = cfg.actions in ("inferred", "true")
+    length = cfg.prompt_frames + num_frames
+    source = ClipSource(data_dir, cfg.split, length if from_truth else min(length, world.cfg.window))
+    if source.metadata.frame_shape != world.cfg.tokenizer.frame_shape:
+        raise InputError(
+            f"--data_dir {data_dir}: frames of {source.metadata.frame_shape}, but the world was trained on "
+            f"{world.cfg.tokenizer.frame_shape}"
+        )
+    clips = next(batches(source, cfg.num_clips, cfg.seed))
+    truth = jnp.asarray(clips.frames_BTHWC, jnp.float32) / 255
+    prompt = truth[:, : cfg.prompt_frames]
+    actions = choose_actions(cfg, world, clips, truth, length - 1)
+    sampling = SamplingConfig(cfg.steps, cfg.temperature, cfg.order)
+    predicted = rollout(world, prompt, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
+
+    folder = Path(cfg.output_dir or Path(cfg.checkpoint) / "samples")
+    video = np.asarray(jnp.concatenate([prompt, predicted], axis=1) * 255 + 0.5).astype(np.uint8)
+    shown = slice(min(cfg.shown_clips, cfg.num_clips))
+    draw(cfg, clips.frames_BTHWC[shown], video[shown], actions[shown], source.metadata.fps, folder)
+    if from_truth:
+        future, last = truth[:, cfg.prompt_frames :], prompt[:, -1:]
+        lines = {
+            "psnr": jnp.mean(psnr(predicted, future), axis=0),
+            "ssim": jnp.mean(ssim(predicted, future), axis=0),
+            "copy_last_frame_psnr": jnp.mean(psnr(jnp.broadcast_to(last, future.shape), future), axis=0),
+        }
+        table = {name: [round(float(v), 4) for v in values] for name, values in lines.items()}
+        print(f"{'frame':>5} {'PSNR':>7} {'SSIM':>7}   PSNR of the prompt frame repeated")
+        for i in range(num_frames):
+            t = i + cfg.prompt_frames
+            print(f"{t:>5} {table['psnr'][i]:7.2f} {table['ssim'][i]:7.3f}   {table['copy_last_frame_psnr'][i]:7.2f}")
+        print(f" mean {np.mean(table['psnr']):7.2f} {np.mean(table['ssim']):7.3f}", end="   ")
+        print(f"{np.mean(table['copy_last_frame_psnr']):7.2f}")
+        (folder / "rollout.json").write_text(json.dumps({"clips": cfg.num_clips} | table, indent=2))
+    print(f"wrote {folder}/rollout.gif, rollout.mp4 and rollout.png")
+
+
+if __name__ == "__main__":
+    run(main, Config)

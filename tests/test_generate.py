@@ -1,0 +1,308 @@
+"""The data is checked against the game itself: each level is played again from its seed and the recorded actions."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import generate_dataset
+from generate_dataset import ACTION_NAMES, FIRST_LEVEL, Config, Task, choose_actions, main, make_clips, plan
+from models.errors import InputError
+from utils.cli import run
+from utils.data import SPLITS, Clip, ClipSource, read_metadata
+
+with contextlib.redirect_stderr(io.StringIO()):
+    from procgen import ProcgenGym3Env
+
+ROOT = Path(__file__).parents[1]
+RIGHT = [i for i, name in enumerate(ACTION_NAMES) if name.startswith("RIGHT")]
+SMALL = Config(num_episodes=10, seed=3, policy="sticky")  # 10 shards of one episode: 8 for training, val, test
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def place_of(clip: Clip) -> tuple[str, int]:
+    """The episode that a clip is from, and its first time step there."""
+    episode, step = clip.clip_id.split("/step")
+    return episode, int(step)
+
+
+@pytest.fixture(scope="module")
+def whole_clips() -> list[Clip]:
+    """Six episodes of which no piece is dropped."""
+    return make_clips(dataclasses.replace(SMALL, min_clip_length=1), Task("train", 0, 6))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "coinrun"
+    main(dataclasses.replace(SMALL, output_dir=str(folder), num_workers=2))
+    return folder
+
+
+# What is in the clips
+
+
+def test_every_level_replays_from_its_seed_and_ends_where_its_last_clip_ends(whole_clips):
+    levels = 0
+    for _, clips_of_episode in itertools.groupby(sorted(whole_clips, key=place_of), lambda clip: place_of(clip)[0]):
+        step = 0
+        for level_seed, clips_of_level in itertools.groupby(clips_of_episode, lambda clip: clip.level_seed):
+            levels += 1
+            env = ProcgenGym3Env(
+                num=1, env_name="coinrun", start_level=level_seed, num_levels=1, rand_seed=9, num_threads=0
+            )
+            clips = list(clips_of_level)
+            assert all(len(clip.frames_THWC) == SMALL.clip_length for clip in clips[:-1])
+            for clip in clips:
+                assert place_of(clip)[1] == step
+                for t, (frame, action, reward) in enumerate(
+                    zip(clip.frames_THWC, clip.actions_T, clip.rewards_T, strict=True)
+                ):
+                    _, observation, first = env.observe()
+                    begins = clip is clips[0] and t == 0
+                    assert first[0] == begins, f"{clip.clip_id}: a level ends within the clip"
+                    np.testing.assert_array_equal(frame, observation["rgb"][0])
+                    env.act(np.array([action]))
+                    assert env.observe()[0][0] == reward
+                    step += 1
+            assert env.observe()[2][0] or step == 1000, f"{clip.clip_id}: the level goes on after its last clip"
+        assert step == 1000
+    assert levels > 20
+
+
+def test_every_time_step_is_kept_or_in_a_piece_that_is_too_short(whole_clips):
+    assert sum(len(clip.frames_THWC) for clip in whole_clips) == 6 * 1000
+    kept = make_clips(SMALL, Task("train", 0, 6))
+    long_enough = [clip for clip in whole_clips if len(clip.frames_THWC) >= SMALL.min_clip_length]
+    assert 0 < len(long_enough) < len(whole_clips)
+    assert [clip.clip_id for clip in kept] == [clip.clip_id for clip in long_enough]
+    for clip, expected in zip(kept, long_enough, strict=True):
+        np.testing.assert_array_equal(clip.frames_THWC, expected.frames_THWC)
+        np.testing.assert_array_equal(clip.actions_T, expected.actions_T)
+
+
+def test_coins_are_rewarded_at_the_last_action_of_their_clip(whole_clips):
+    rewarded = [clip for clip in whole_clips if clip.rewards_T.any()]
+    assert len(rewarded) >= 5
+    for clip in rewarded:
+        assert clip.rewards_T[-1] == 10
+        assert not clip.rewards_T[:-1].any()
+
+
+def test_sticky_policy_gets_further_than_uniform(whole_clips):
+    rng = np.random.default_rng(0)
+    actions = {policy: choose_actions(policy, rng, 20, 1000) for policy in ("uniform", "sticky")}
+    right = {policy: np.isin(a, RIGHT).mean() for policy, a in actions.items()}
+    held = {policy: (a[:, 1:] == a[:, :-1]).mean() for policy, a in actions.items()}
+    assert abs(right["uniform"] - 3 / 15) < 0.02
+    assert right["sticky"] > 0.45
+    assert held["uniform"] < 0.1 < 0.8 < held["sticky"] < 0.95
+    for a in actions.values():
+        assert set(np.unique(a)) == set(range(15))
+    uniform = make_clips(dataclasses.replace(SMALL, policy="uniform", min_clip_length=1), Task("train", 0, 6))
+    coins = [sum(int(clip.rewards_T.any()) for clip in clips) for clips in (uniform, whole_clips)]
+    assert coins[1] > 2 * coins[0]
+
+
+# Seeds and levels
+
+
+def test_splits_play_their_own_levels_and_all_of_them():
+    config = dataclasses.replace(SMALL, num_levels=3, min_clip_length=1)
+    levels = {split: {clip.level_seed for clip in make_clips(config, Task(split, 0, 2))} for split in SPLITS}
+    assert levels == {split: {first, first + 1, first + 2} for split, first in FIRST_LEVEL.items()}
+    assert not levels["train"] & levels["val"]
+    assert not levels["train"] & levels["test"]
+    assert not levels["val"] & levels["test"]
+
+
+def test_seed_split_and_shard_each_change_what_is_played():
+    def first_levels(config: Config, task: Task) -> list[int]:
+        return [clip.level_seed - FIRST_LEVEL[task.split] for clip in make_clips(config, task)][:1]
+
+    base = first_levels(SMALL, Task("train", 0, 1))
+    assert base == first_levels(SMALL, Task("train", 0, 1))
+    assert base != first_levels(dataclasses.replace(SMALL, seed=4), Task("train", 0, 1))
+    assert base != first_levels(SMALL, Task("train", 1, 1))
+    assert base != first_levels(SMALL, Task("val", 0, 1))
+
+
+@pytest.mark.parametrize("num_episodes", [1, 2, 3, 4, 24, 64, 1000, 10_000])
+def test_plan(num_episodes):
+    tasks = plan(Config(num_episodes=num_episodes))
+    in_split = {split: sum(task.num_episodes for task in tasks if task.split == split) for split in SPLITS}
+    assert sum(in_split.values()) == num_episodes
+    assert all(1 <= task.num_episodes <= 16 for task in tasks)
+    assert len({task.file for task in tasks}) == len(tasks)
+    if num_episodes >= 3:
+        assert all(in_split.values())
+        assert in_split["train"] >= num_episodes / 3
+    if num_episodes >= 24:
+        assert in_split["train"] >= 0.9 * num_episodes
+        assert max(task.num_episodes for task in tasks) <= num_episodes / 8
+
+
+# The dataset on disk
+
+
+def test_dataset_holds_what_its_metadata_says(dataset):
+    metadata = read_metadata(dataset)
+    assert (metadata.environment, metadata.num_actions, metadata.fps) == ("coinrun", 15, 15)
+    assert metadata.action_names == ACTION_NAMES
+    assert sorted(path.name for path in dataset.iterdir()) == ["metadata.json", "test", "train", "val"]
+    ids = []
+    for split in SPLITS:
+        source = ClipSource(dataset, split, seq_len=1)
+        clips = source.clips(range(len(source)))
+        first, stop = metadata.made_by["level_seeds"][split]
+        assert all(first <= clip.level_seed < stop for clip in clips)
+        assert all(SMALL.min_clip_length <= len(clip.frames_THWC) <= SMALL.clip_length for clip in clips)
+        ids += [clip.clip_id for clip in clips]
+    assert len(set(ids)) == len(ids) > 300
+
+
+def test_number_of_workers_changes_no_byte(dataset, tmp_path):
+    main(dataclasses.replace(SMALL, output_dir=str(tmp_path / "coinrun"), num_workers=1))
+    assert files_of(tmp_path / "coinrun") == files_of(dataset)
+
+
+def test_interrupted_runs_leave_no_dataset_and_the_same_command_completes_it(dataset, tmp_path):
+    folder = tmp_path / "coinrun"
+    command = [sys.executable, "generate_dataset.py", "--num_workers", "2", "--output_dir", str(folder)]
+    command += ["--num_episodes", "10", "--seed", "3", "--policy", "sticky"]
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def num_finished() -> int:
+        return len(list((folder / "unfinished").glob("train-*.json")))
+
+    def wait_until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def end(process: subprocess.Popen) -> tuple[int, str]:
+        # The pipes close when the last worker is gone, so this also shows that none outlives its parent.
+        _, stderr = process.communicate(timeout=20)
+        with pytest.raises(InputError, match="no dataset here"):
+            read_metadata(folder)
+        whole = files_of(dataset)
+        for path in folder.glob("*/*.array_record"):
+            assert path.read_bytes() == whole[str(path.relative_to(folder))]
+        return process.returncode, stderr
+
+    def workers_start() -> bool:
+        return any((folder / "unfinished").glob("scratch-*")) and not time.sleep(0.2)
+
+    for moment in (workers_start, lambda: num_finished() >= 1):
+        interrupted = start()
+        wait_until(moment)
+        os.killpg(interrupted.pid, signal.SIGINT)  # as a terminal does: to the workers as well
+        status, stderr = end(interrupted)
+        assert status == 130
+        assert stderr.splitlines()[-1] == "interrupted"
+        assert "Traceback" not in stderr
+
+    killed, finished = start(), num_finished()
+    wait_until(lambda: num_finished() > finished)
+    killed.send_signal(signal.SIGKILL)
+    assert end(killed)[0] == -signal.SIGKILL
+    finished = num_finished()
+
+    stdout, stderr = (last := start()).communicate(timeout=60)
+    assert last.returncode == 0, stderr
+    assert f"continuing {folder}: {finished} of 10 episodes are done" in stderr
+    assert "gym" not in stderr.lower()
+    assert str(folder) in stdout
+    assert files_of(folder) == files_of(dataset)
+
+
+def test_full_disk_is_one_error_and_leaves_no_file_under_its_name(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # workers inherit it
+    try:
+        with pytest.raises(OSError, match=r"train/00000\.array_record: .*too large"):
+            main(Config(num_episodes=1, output_dir=str(tmp_path / "coinrun")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(files_of(tmp_path)) == ["coinrun/unfinished/made_by.json"]
+
+
+# Refusals
+
+
+def test_never_overwrites(dataset, tmp_path):
+    before = files_of(dataset)
+    with pytest.raises(InputError, match=f"{dataset}: already holds a dataset; choose another"):
+        main(dataclasses.replace(SMALL, output_dir=str(dataset)))
+    assert files_of(dataset) == before
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=f"{tmp_path}: is not empty"):
+        main(dataclasses.replace(SMALL, output_dir=str(tmp_path)))
+    assert files_of(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_does_not_continue_another_configuration(dataset, tmp_path):
+    made_by = json.loads((dataset / "metadata.json").read_text())["made_by"]
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "made_by.json").write_text(json.dumps(made_by | {"format_version": 1}))
+    with pytest.raises(InputError, match="unfinished dataset with num_episodes 10, not 13, seed 3, not 5;"):
+        main(dataclasses.replace(SMALL, num_episodes=13, seed=5, output_dir=str(tmp_path)))
+    assert list(files_of(tmp_path)) == ["unfinished/made_by.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "status"),
+    [
+        ("--num_episodes 0", 1),
+        ("--seed -1", 1),
+        ("--num_workers 0", 1),
+        ("--clip_length 1001", 1),
+        ("--min_clip_length 0", 1),
+        ("--min_clip_length 33", 1),
+        ("--num_levels 0", 1),
+        ("--val_fraction 0.3", 1),
+        ("--test_fraction nan", 1),
+        ("--policy clever", 2),
+        ("--num_episodes many", 2),
+    ],
+)
+def test_bad_flags_are_refused_by_name_and_value(flags, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate_dataset.py", "--output_dir", str(tmp_path / "new"), *flags.split()])
+    with pytest.raises(SystemExit) as stopped:
+        run(main, Config)
+    assert stopped.value.code == status
+    stderr = capsys.readouterr().err
+    name, value = flags.split()
+    assert name.replace("_", "-") in stderr.replace("_", "-")
+    assert value in stderr
+    if status == 1:
+        assert len(stderr.splitlines()) == 1
+        assert stderr.startswith(f"error: {flags}: expected ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_missing_procgen_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "procgen", None)
+    with pytest.raises(InputError, match=r"procgen-mirror.*pip install --no-deps -r requirements\.txt"):
+        generate_dataset.main(Config(output_dir=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()

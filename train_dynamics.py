@@ -1,0 +1,234 @@
+"""Trains the dynamics model on the tokens of a trained tokenizer and the actions of a trained LAM (Genie, §2.1).
+
+    python train_dynamics.py --tokenizer_checkpoint runs/tokenizer --lam_checkpoint runs/lam
+
+Without --lam_checkpoint a LAM is trained along with it; with --use_gt_actions the dataset's own actions take its place.
+The checkpoint is a whole world: it holds the tokenizer and the LAM too.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.dynamics import DynamicsConfig, hide_tokens, masked_cross_entropy
+from models.errors import InputError
+from models.genie import World, WorldConfig, load_lam, load_tokenizer, model_config, read_config
+from models.lam import LAMConfig
+from models.nn import forward_flops, num_patches
+from utils.cli import run
+from utils.data import Batch, ClipSource
+from utils.metrics import psnr, usage
+from utils.state import TrainState, apply_gradients, gradients
+from utils.train import TrainConfig, fit, start
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainConfig):
+    """Trains the dynamics model. Defaults: Genie, Appendix F."""
+
+    model: DynamicsConfig = DynamicsConfig()  # noqa: RUF009 (frozen)
+    lam: LAMConfig = LAMConfig()  # noqa: RUF009 (frozen)
+    """Of the LAM that is trained along, when there is no --lam_checkpoint."""
+    tokenizer_checkpoint: str = "runs/tokenizer"
+    """--ckpt_dir of the tokenizer's training."""
+    lam_checkpoint: str = ""
+    """--ckpt_dir of the LAM's training; empty trains a LAM along with the dynamics model."""
+    use_gt_actions: bool = False
+    """Take the dataset's true actions instead of latent ones."""
+    ckpt_dir: str = "runs/dynamics"
+    """Folder of this training: checkpoints, config.json, metrics.jsonl, images. Running again resumes."""
+    num_steps: int = 200_000
+    """Steps to train in all; a finished training goes on if this grows."""
+    batch_size: int = 36
+    """Clips in a global batch."""
+    learning_rate: float = 3e-5
+    """Peak learning rate."""
+    final_learning_rate: float = 3e-6
+    """Learning rate at the last step."""
+    warmup_steps: int = 5000
+    """Steps of linear warm-up from zero; at most a tenth of a run too short for the recipe."""
+    commitment: float = 0.25
+    """For a LAM that is trained along: weight of the loss that holds latents near their codes."""
+
+
+PRESETS = {
+    "coinrun": Config(),
+    "tiny": Config(
+        model=DynamicsConfig(width=128, num_heads=4, num_blocks=4),
+        lam=LAMConfig(width=128, num_heads=4, num_blocks=2),
+        batch_size=8,
+        num_steps=500,
+        learning_rate=2e-3,
+        final_learning_rate=0.0,
+        warmup_steps=20,
+        decay_steps=250,
+        beta2=0.95,
+        val_batches=4,
+        log_interval=20,
+        val_interval=250,
+        checkpoint_interval=250,
+    ),
+    "bench": Config(
+        model=DynamicsConfig(width=128, num_heads=4, num_blocks=6),
+        lam=LAMConfig(width=128, num_heads=4, num_blocks=4),
+        batch_size=4,
+    ),
+}
+
+
+class Inputs(NamedTuple):
+    """A batch with what is drawn for it as a whole, so that gradient accumulation changes nothing.
+
+    hidden_BTN: Which tokens the model must predict.
+    weight_B: 1 over the mean share of hidden tokens in the batch.
+    """
+
+    batch: Batch
+    hidden_BTN: jax.Array
+    weight_B: jax.Array
+
+
+def loss_fn(world: World, inputs: Inputs, cfg: Config) -> tuple[jax.Array, tuple]:
+    """Cross-entropy of the hidden tokens; for a LAM trained along, its own loss is added, which shares no parameter."""
+    frames = inputs.batch.frames_BTHWC.astype(jnp.float32) / 255
+    tokens_BTN = jax.lax.stop_gradient(world.tokenizer.encode(frames))
+    lam_loss, lam_arrays = jnp.float32(0), None
+    if cfg.use_gt_actions:
+        actions_BTm1 = inputs.batch.actions_BT[:, :-1]
+    elif cfg.lam_checkpoint:
+        actions_BTm1 = world.infer_actions(frames)
+    else:
+        assert world.lam
+        out = world.lam(frames)
+        actions_BTm1 = out.actions_BTm1
+        lam_loss = jnp.mean(jnp.square(out.next_frames_BTm1HWC - frames[:, 1:])) + cfg.commitment * out.commitment
+        lam_arrays = (out.latents_BTm1L, out.actions_BTm1)
+    logits_BTNK = world.dynamics(tokens_BTN, inputs.hidden_BTN, actions_to(actions_BTm1))
+    nll_BTN, hits_BTN = masked_cross_entropy(logits_BTNK, tokens_BTN, inputs.hidden_BTN)
+    weight = inputs.weight_B[:, None, None]
+    loss = jnp.mean(nll_BTN * weight)
+    metrics = {"cross_entropy": loss, "accuracy": jnp.mean(hits_BTN * weight)}
+    if lam_arrays:
+        metrics["lam_loss"] = lam_loss
+    return loss + lam_loss, (metrics, lam_arrays)
+
+
+def actions_to(actions_BTm1: jax.Array) -> jax.Array:
+    """From actions between frames to the action that led to each frame (none, -1, to the first)."""
+    return jnp.pad(actions_BTm1, ((0, 0), (1, 0)), constant_values=-1)
+
+
+def prepare(batch: Batch, key: jax.Array, cfg: DynamicsConfig) -> Inputs:
+    """Draws which tokens are hidden."""
+    B, T = batch.frames_BTHWC.shape[:2]
+    hidden_BTN = hide_tokens(cfg, key, (B, T, cfg.num_patches))
+    return Inputs(batch, hidden_BTN, jnp.full(B, 1.0 / jnp.maximum(jnp.mean(hidden_BTN), 1e-6)))
+
+
+def train_step(state: TrainState, batch: Batch, key: jax.Array, cfg: Config) -> tuple[TrainState, dict]:
+    """One update of the dynamics model, and of the LAM if that is trained along."""
+    mask_key, code_key = jax.random.split(key)
+    inputs = prepare(batch, mask_key, state.model().cfg.dynamics)
+    grads, metrics, lam_arrays = gradients(lambda m, b: loss_fn(m, b, cfg), state, inputs, cfg.grad_accum)
+    state, norms = apply_gradients(state, grads, cfg)
+    if lam_arrays:
+        model = state.model()
+        model.lam.vq.update(*lam_arrays, code_key)
+        state = state.with_rest_of(model)
+        metrics["lam_usage"] = usage(lam_arrays[1], cfg.lam.num_codes)
+    return state, metrics | norms
+
+
+def evaluate(world: World, batch: Batch, key: jax.Array, cfg: Config) -> tuple[dict, jax.Array]:
+    """Loss on hidden tokens, and quality of each next frame when all of it is hidden and its past is whole.
+
+    Shows truth over such predictions.
+    """
+    inputs = prepare(batch, key, world.cfg.dynamics)
+    loss, (metrics, _) = loss_fn(world, inputs, cfg)
+    frames = batch.frames_BTHWC[:1].astype(jnp.float32) / 255
+    tokens_1TN = world.tokenizer.encode(frames)
+    actions_BTm1 = batch.actions_BT[:1, :-1] if cfg.use_gt_actions else world.infer_actions(frames)
+    T = tokens_1TN.shape[1]
+
+    def guess(t: jax.Array) -> jax.Array:
+        """Frame t's likeliest tokens, in one step, after the true past."""
+        hidden = jnp.broadcast_to((jnp.arange(T) >= t)[None, :, None], tokens_1TN.shape)
+        return jnp.argmax(world.dynamics(tokens_1TN, hidden, actions_to(actions_BTm1)), axis=-1)[0, t]
+
+    guessed_TN = jax.lax.map(guess, jnp.arange(T)).at[0].set(tokens_1TN[0, 0])
+    predicted = jnp.clip(world.tokenizer.decode(guessed_TN[None]), 0, 1)
+    psnr_ = jnp.mean(psnr(predicted[:, 1:], frames[:, 1:]))
+    return {"loss": loss} | metrics | {"psnr": psnr_}, jnp.stack([frames[0], predicted[0]])
+
+
+def world_config(cfg: Config, source: ClipSource) -> WorldConfig:
+    """Puts the world together from the checkpoints and the dataset."""
+    tokenizer = _stored_config(cfg.tokenizer_checkpoint, "tokenizer", "--tokenizer_checkpoint")
+    frame_shape = source.metadata.frame_shape
+    if cfg.use_gt_actions:
+        if not source.metadata.action_names:
+            raise InputError(f"--use_gt_actions: the dataset {cfg.data_dir} has no actions; train a LAM instead")
+        lam, num_actions = None, source.metadata.num_actions
+    else:
+        if cfg.lam_checkpoint:
+            lam = _stored_config(cfg.lam_checkpoint, "lam", "--lam_checkpoint")
+        else:
+            lam = dataclasses.replace(cfg.lam, frame_shape=frame_shape)
+        num_actions = lam.num_codes
+    for name, part in (("tokenizer", tokenizer), ("lam", lam)):
+        if part and part.frame_shape != frame_shape:
+            raise InputError(
+                f"--{name}_checkpoint: made for frames of {part.frame_shape}, but {cfg.data_dir} has {frame_shape}; "
+                "use the dataset that it was trained on"
+            )
+    dynamics = dataclasses.replace(
+        cfg.model, num_codes=tokenizer.num_codes, num_patches=tokenizer.num_patches, num_actions=num_actions
+    )
+    return WorldConfig(tokenizer, lam, dynamics, window=cfg.seq_len)
+
+
+def _stored_config(path: str, kind: str, flag: str) -> Any:
+    config = read_config(path)
+    if config["kind"] != kind:
+        raise InputError(f"{flag} {path}: holds a {config['kind']}, but a {kind} is needed")
+    return model_config(kind, config["model"])
+
+
+def main(cfg: Config) -> None:
+    start(cfg)
+    train, val = (ClipSource(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
+    world_cfg = world_config(cfg, train)
+    trained = ["dynamics"] + (["lam"] if world_cfg.lam and not cfg.lam_checkpoint else [])
+
+    def pretrained() -> dict[str, nnx.Module]:
+        frozen: dict[str, nnx.Module] = {"tokenizer": load_tokenizer(cfg.tokenizer_checkpoint)}
+        return frozen | ({"lam": load_lam(cfg.lam_checkpoint)} if cfg.lam_checkpoint else {})
+
+    tokenizer, lam, T = world_cfg.tokenizer, world_cfg.lam, cfg.seq_len
+    N = tokenizer.num_patches
+    flops = 3 * forward_flops(world_cfg.dynamics, N + (cfg.model.action_token == "prepend"), T)
+    flops += forward_flops(tokenizer, N, T)
+    if lam:
+        passes = 1 if cfg.lam_checkpoint else 6
+        flops += passes * forward_flops(lam, num_patches(lam.frame_shape, lam.patch_size) + 1, T)
+    fit(
+        cfg,
+        "world",
+        world_cfg,
+        build=lambda rngs: World(world_cfg, cfg.compute, rngs),
+        train_step=lambda state, batch, key: train_step(state, batch, key, cfg),
+        evaluate=lambda world, batch, key: evaluate(world, batch, key, cfg),
+        train=train,
+        val=val,
+        trainable=nnx.All(nnx.Param, nnx.Any(*map(nnx.PathContains, trained))),
+        pretrained=pretrained,
+        clip_flops=flops,
+    )
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS)

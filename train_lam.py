@@ -1,0 +1,112 @@
+"""Trains the latent action model: which of a few actions led from each frame to the next (Genie, §2.1).
+
+python train_lam.py --ckpt_dir runs/lam
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from models.lam import LAM, LAMConfig
+from models.nn import forward_flops, num_patches
+from utils.cli import run
+from utils.data import Batch, ClipSource
+from utils.metrics import perplexity, psnr, usage
+from utils.state import TrainState, apply_gradients, gradients
+from utils.train import TrainConfig, fit, start
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainConfig):
+    """Trains the latent action model. Defaults: Genie, Appendix F."""
+
+    model: LAMConfig = LAMConfig()  # noqa: RUF009 (frozen)
+    ckpt_dir: str = "runs/lam"
+    """Folder of this training: checkpoints, config.json, metrics.jsonl, images. Running again resumes."""
+    num_steps: int = 200_000
+    """Steps to train in all; a finished training goes on if this grows."""
+    commitment: float = 0.25
+    """Weight of the loss that holds latents near their codes."""
+
+
+PRESETS = {
+    "coinrun": Config(),
+    "tiny": Config(
+        model=LAMConfig(width=128, num_heads=4, num_blocks=2),
+        batch_size=8,
+        num_steps=500,
+        learning_rate=1e-3,
+        warmup_steps=20,
+        decay_steps=250,
+        beta2=0.95,
+        val_batches=4,
+        log_interval=20,
+        val_interval=250,
+        checkpoint_interval=250,
+    ),
+    "bench": Config(
+        model=LAMConfig(width=128, num_heads=4, num_blocks=4),
+        batch_size=4,
+    ),
+}
+
+
+def loss_fn(model: LAM, batch: Batch, cfg: Config) -> tuple[jax.Array, tuple]:
+    """Mean squared error of each next frame, predicted from the past and the action, and commitment."""
+    frames = batch.frames_BTHWC.astype(jnp.float32) / 255
+    out = model(frames)
+    mse = jnp.mean(jnp.square(out.next_frames_BTm1HWC - frames[:, 1:]))
+    metrics = {"mse": mse, "commitment": out.commitment}
+    return mse + cfg.commitment * out.commitment, (metrics, (out.latents_BTm1L, out.actions_BTm1))
+
+
+def train_step(state: TrainState, batch: Batch, key: jax.Array, cfg: Config) -> tuple[TrainState, dict]:
+    """One update of the parameters by gradient, and of the codebook by moving average."""
+    grads, metrics, latents_and_actions = gradients(lambda m, b: loss_fn(m, b, cfg), state, batch, cfg.grad_accum)
+    state, norms = apply_gradients(state, grads, cfg)
+    model = state.model()
+    model.vq.update(*latents_and_actions, key)
+    metrics["usage"] = usage(latents_and_actions[1], cfg.model.num_codes)
+    return state.with_rest_of(model), metrics | norms
+
+
+def evaluate(model: LAM, batch: Batch, key: jax.Array) -> tuple[dict, jax.Array]:
+    """Quality of predicted next frames, with the inferred actions and with random ones; shows truth over prediction."""
+    frames = batch.frames_BTHWC.astype(jnp.float32) / 255
+    truth = frames[:, 1:]
+    out = model(frames)
+    predicted = jnp.clip(out.next_frames_BTm1HWC, 0, 1)
+    actions = jax.random.randint(key, out.actions_BTm1.shape, 0, model.cfg.num_codes)
+    misled = jnp.clip(model.predict(frames[:, :-1], model.vq.lookup(actions)), 0, 1)
+    metrics = {
+        "loss": jnp.mean(jnp.square(predicted - truth)),
+        "psnr": jnp.mean(psnr(predicted, truth)),
+        "psnr_random_action": jnp.mean(psnr(misled, truth)),
+        "psnr_copy": jnp.mean(psnr(frames[:, :-1], truth)),
+        "usage": usage(out.actions_BTm1, model.cfg.num_codes),
+        "perplexity": perplexity(out.actions_BTm1, model.cfg.num_codes),
+    }
+    return metrics, jnp.stack([truth[0], predicted[0]])
+
+
+def main(cfg: Config) -> None:
+    start(cfg)
+    train, val = (ClipSource(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
+    model_cfg = dataclasses.replace(cfg.model, frame_shape=train.metadata.frame_shape)
+    N = num_patches(model_cfg.frame_shape, model_cfg.patch_size) + 1
+    fit(
+        cfg,
+        "lam",
+        model_cfg,
+        build=lambda rngs: LAM(model_cfg, cfg.compute, rngs),
+        train_step=lambda state, batch, key: train_step(state, batch, key, cfg),
+        evaluate=evaluate,
+        train=train,
+        val=val,
+        clip_flops=3 * 2 * forward_flops(model_cfg, N, cfg.seq_len),
+    )
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS)

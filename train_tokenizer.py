@@ -1,0 +1,104 @@
+"""Trains the video tokenizer, a VQ-VAE of space-time transformers (Genie, §2.1).
+
+python train_tokenizer.py --ckpt_dir runs/tokenizer
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from models.nn import forward_flops
+from models.tokenizer import Tokenizer, TokenizerConfig
+from utils.cli import run
+from utils.data import Batch, ClipSource
+from utils.metrics import psnr, ssim, usage
+from utils.state import TrainState, apply_gradients, gradients
+from utils.train import TrainConfig, fit, start
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainConfig):
+    """Trains the video tokenizer. Defaults: Genie, Appendix F."""
+
+    model: TokenizerConfig = TokenizerConfig()  # noqa: RUF009 (frozen)
+    ckpt_dir: str = "runs/tokenizer"
+    """Folder of this training: checkpoints, config.json, metrics.jsonl, images. Running again resumes."""
+    commitment: float = 0.25
+    """Weight of the loss that holds latents near their codes."""
+
+
+PRESETS = {
+    "coinrun": Config(),
+    "tiny": Config(
+        model=TokenizerConfig(width=128, num_heads=4, num_blocks=2, patch_size=8),
+        batch_size=8,
+        val_batches=4,
+        log_interval=20,
+        num_steps=500,
+        learning_rate=2e-3,
+        warmup_steps=20,
+        decay_steps=250,
+        beta2=0.95,
+        val_interval=250,
+        checkpoint_interval=250,
+    ),
+    "bench": Config(
+        model=TokenizerConfig(width=128, num_heads=4, num_blocks=4, patch_size=8),
+        batch_size=4,
+    ),
+}
+
+
+def loss_fn(model: Tokenizer, batch: Batch, cfg: Config) -> tuple[jax.Array, tuple]:
+    """Mean squared error of the reconstruction, and commitment."""
+    frames = batch.frames_BTHWC.astype(jnp.float32) / 255
+    out = model(frames)
+    mse = jnp.mean(jnp.square(out.frames_BTHWC - frames))
+    metrics = {"mse": mse, "commitment": out.commitment}
+    return mse + cfg.commitment * out.commitment, (metrics, (out.latents_BTNL, out.tokens_BTN))
+
+
+def train_step(state: TrainState, batch: Batch, key: jax.Array, cfg: Config) -> tuple[TrainState, dict]:
+    """One update of the parameters by gradient, and of the codebook by moving average."""
+    grads, metrics, latents_and_tokens = gradients(lambda m, b: loss_fn(m, b, cfg), state, batch, cfg.grad_accum)
+    state, norms = apply_gradients(state, grads, cfg)
+    model = state.model()
+    model.vq.update(*latents_and_tokens, key)
+    metrics["usage"] = usage(latents_and_tokens[1], cfg.model.num_codes)
+    return state.with_rest_of(model), metrics | norms
+
+
+def evaluate(model: Tokenizer, batch: Batch, key: jax.Array) -> tuple[dict, jax.Array]:
+    """Quality of reconstructions; shows truth over reconstruction."""
+    frames = batch.frames_BTHWC.astype(jnp.float32) / 255
+    out = model(frames)
+    recon = jnp.clip(out.frames_BTHWC, 0, 1)
+    metrics = {
+        "loss": jnp.mean(jnp.square(recon - frames)),
+        "psnr": jnp.mean(psnr(recon, frames)),
+        "ssim": jnp.mean(ssim(recon, frames)),
+        "usage": usage(out.tokens_BTN, model.cfg.num_codes),
+    }
+    return metrics, jnp.stack([frames[0], recon[0]])
+
+
+def main(cfg: Config) -> None:
+    start(cfg)
+    train, val = (ClipSource(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
+    model_cfg = dataclasses.replace(cfg.model, frame_shape=train.metadata.frame_shape)
+    fit(
+        cfg,
+        "tokenizer",
+        model_cfg,
+        build=lambda rngs: Tokenizer(model_cfg, cfg.compute, rngs),
+        train_step=lambda state, batch, key: train_step(state, batch, key, cfg),
+        evaluate=evaluate,
+        train=train,
+        val=val,
+        clip_flops=3 * 2 * forward_flops(model_cfg, model_cfg.num_patches, cfg.seq_len),
+    )
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS)

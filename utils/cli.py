@@ -1,0 +1,57 @@
+"""From the command line to `main`: parsing, presets and one-line errors."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import tyro
+
+from models.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def run(main: Callable[[Config], None], config: type[Config], presets: Mapping[str, Config] | None = None) -> None:
+    """Parses `config` from the command line and calls `main` with it.
+
+    Args:
+      main: The script's main function.
+      config: A dataclass; each field with its docstring becomes a flag.
+      presets: Full sets of defaults by name, chosen by `--preset NAME`; flags override them. The first is the
+        default.
+
+    Input errors and failed file operations become one line on stderr and exit status 1, Ctrl-C exit status 130.
+    """
+    try:
+        main(parse(config, presets, sys.argv[1:]))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def parse(config: type[Config], presets: Mapping[str, Config] | None, args: list[str]) -> Config:
+    """Builds `config` from `args`; raises InputError for a preset or value that cannot work."""
+    if not presets:
+        return tyro.cli(config, args=args)
+    args, name = _take_preset(args, default=next(iter(presets)))
+    if name not in presets:
+        raise InputError(f"--preset {name}: no such preset; choose one of {', '.join(presets)}")
+    described = f"--preset {{{','.join(presets)}}} sets all defaults at once; other flags override it. Shown: {name}."
+    return tyro.cli(config, default=presets[name], args=args, description=f"{config.__doc__}\n\n{described}")
+
+
+def _take_preset(args: list[str], default: str) -> tuple[list[str], str]:
+    """Splits `--preset NAME` or `--preset=NAME` off the arguments."""
+    rest, name = [], default
+    words = iter(args)
+    for word in words:
+        if word == "--preset":
+            name = next(words, "")
+        elif word.startswith("--preset="):
+            name = word.removeprefix("--preset=")
+        else:
+            rest.append(word)
+    return rest, name

@@ -1,0 +1,144 @@
+"""Where numbers and pictures of a training go: console, metrics.jsonl, image files, TensorBoard, wandb.
+
+Every writer has the same three methods; a writer that was not asked for is not in the list.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.video import write_png
+
+
+class Writer(Protocol):
+    """Takes what a training has to say about a step."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Numbers by name."""
+
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        """A uint8 picture."""
+
+    def close(self) -> None:
+        """Writes out what is still held."""
+
+
+class Console:
+    """A live bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, name: str, first_step: int, num_steps: int):
+        self.num_steps = num_steps
+        self.start = (first_step, time.monotonic())
+        plain = not sys.stderr.isatty()
+        self.bar = tqdm(total=num_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, disable=plain)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k in SHOWN or k.startswith("val_"))
+        if not self.bar.disable:
+            if "loss" in values:
+                self.bar.set_postfix_str(shown)
+                self.bar.update(step - self.bar.n)
+            else:
+                self.bar.write(f"step {step}  {shown}")
+            return
+        first, began = self.start
+        left = (time.monotonic() - began) / max(step - first, 1) * (self.num_steps - step)
+        print(f"step {step}/{self.num_steps}  {shown}  {_clock(left)} left", flush=True)
+
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        pass  # a console shows no pictures
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+SHOWN = ("loss", "psnr", "accuracy", "usage", "steps_per_s", "mfu", "data_wait")
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}:{m:02}:{s:02}"
+
+
+class Files:
+    """`metrics.jsonl`, one object a line, and `images/<name>_<step>.png` in the checkpoint folder."""
+
+    def __init__(self, folder: Path, first_step: int):
+        self.folder = folder
+        path = folder / "metrics.jsonl"
+        # A resumed run repeats the steps after its checkpoint: their old lines go, so that the curve has no doubles.
+        kept = [line for line in _lines(path) if line["step"] <= first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self.file = path.open("a", buffering=1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step} | values) + "\n")
+
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        (self.folder / "images").mkdir(exist_ok=True)
+        write_png(self.folder / "images" / f"{name}_{step:07}.png", image_HWC)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break  # the last line of a killed run may be cut short
+    return lines
+
+
+class TensorBoard:
+    """TensorBoard event files in `<ckpt_dir>/tensorboard`."""
+
+    def __init__(self, folder: Path, first_step: int):
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name.replace("val_", "val/", 1), value, step)
+
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        self.writer.add_image(name, image_HWC, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """A Weights & Biases run, which a resumed training continues by the id kept in the checkpoint folder."""
+
+    def __init__(self, folder: Path, entity: str, project: str, name: str, config: dict[str, Any]):
+        import wandb
+
+        id_file = folder / "wandb_id.txt"
+        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+        id_file.write_text(run_id)
+        self.wandb = wandb
+        self.run = wandb.init(
+            entity=entity or None, project=project, name=name or None, id=run_id, resume="allow", config=config
+        )
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        self.run.log({name: self.wandb.Image(image_HWC)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()

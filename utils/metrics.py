@@ -1,0 +1,32 @@
+"""Image metrics, on frames in [0, 1]."""
+
+import dm_pix
+import jax
+import jax.numpy as jnp
+
+
+def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Peak signal-to-noise ratio in dB over the last three axes (H, W, C); equal frames score 60.
+
+    The ceiling is about what rounding to 8 bits leaves, so that still scenes do not weigh as infinity in a mean.
+    """
+    mse = jnp.mean(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)), axis=(-3, -2, -1))
+    return -10.0 * jnp.log10(jnp.maximum(mse, 1e-6))
+
+
+def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Structural similarity (Wang et al. 2004) over the last three axes (H, W, C)."""
+    image = a.shape[-3:]
+    scores = dm_pix.ssim(a.astype(jnp.float32).reshape(-1, *image), b.astype(jnp.float32).reshape(-1, *image))
+    return scores.reshape(a.shape[:-3])
+
+
+def usage(codes: jax.Array, num_codes: int) -> jax.Array:
+    """Share of the codes that occur at all."""
+    return jnp.mean(jnp.zeros(num_codes).at[codes.reshape(-1)].set(1.0))
+
+
+def perplexity(codes: jax.Array, num_codes: int) -> jax.Array:
+    """exp of the entropy of the codes: `num_codes` when all are used alike, 1 when there is only one."""
+    p = jnp.zeros(num_codes).at[codes.reshape(-1)].add(1.0) / codes.size
+    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p, p)))

@@ -1,0 +1,71 @@
+"""Learning-rate schedules and the optimizer."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Flags of the optimizer, the same in all trainings. Defaults: Appendix F."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    """wsd: warm-up, constant, linear decay over the last --decay_steps; cosine: warm-up, then decay to the end."""
+    warmup_steps: int = 10_000
+    """Steps of linear warm-up from zero; at most a tenth of a run too short for the recipe."""
+    decay_steps: int = 30_000
+    """Last steps of a wsd schedule, in which the rate falls to --final_learning_rate; at most a third of a run too
+    short for the recipe."""
+    final_learning_rate: float = 0.0
+    """Learning rate at the last step."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.9
+    """AdamW's decay of the mean squared gradient."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay, on matrices only."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient; 0 clips nothing."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the parameters, used for validation and sampling; 0 keeps none."""
+
+
+def phases(cfg: OptimConfig, num_steps: int) -> tuple[int, int]:
+    """Steps of warm-up and of decay. In a run that is too short for the recipe they are at most 1/10 and 1/3 of it."""
+    warmup_steps, decay_steps = cfg.warmup_steps, cfg.decay_steps
+    if warmup_steps + (decay_steps if cfg.schedule == "wsd" else 0) > num_steps:
+        warmup_steps, decay_steps = min(warmup_steps, num_steps // 10), min(decay_steps, num_steps // 3)
+    return warmup_steps, decay_steps if cfg.schedule == "wsd" else num_steps - warmup_steps
+
+
+def learning_rate_schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate by step (0 is the first update)."""
+    warmup_steps, decay_steps = phases(cfg, num_steps)
+    warmup = optax.linear_schedule(cfg.learning_rate / max(warmup_steps, 1), cfg.learning_rate, warmup_steps)
+    constant = optax.constant_schedule(cfg.learning_rate)
+    if cfg.schedule == "cosine":
+        alpha = cfg.final_learning_rate / cfg.learning_rate
+        decay = optax.cosine_decay_schedule(cfg.learning_rate, max(decay_steps, 1), alpha)
+    else:
+        decay = optax.linear_schedule(cfg.learning_rate, cfg.final_learning_rate, max(decay_steps, 1))
+    return optax.join_schedules([warmup, constant, decay], [warmup_steps, num_steps - decay_steps])
+
+
+def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """AdamW with clipping and a schedule; its moments are float32, like the parameters."""
+    adamw = optax.adamw(
+        learning_rate_schedule(cfg, num_steps), cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=matrices
+    )
+    return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), adamw) if cfg.grad_clip else adamw
+
+
+def matrices(params: Any) -> Any:
+    """A mask of the matrices of dense layers: no norms, biases, embeddings or positions.
+
+    By name and not by rank, because stacked layers give every parameter one more axis.
+    """
+    return jax.tree.map_with_path(lambda path, _: "'kernel'" in jax.tree_util.keystr(path), params)

@@ -1,0 +1,110 @@
+"""The state of a training, and the functions of it that every train step is made of."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "rest", "opt_state", "ema"),
+    meta_fields=("graphdef", "trainable", "optimizer"),
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes.
+
+    params: What gradients train (nnx.State).
+    rest: Frozen parts and codebooks (nnx.State).
+    ema: A moving average of `params`, or None.
+    """
+
+    params: Any
+    rest: Any
+    opt_state: Any
+    ema: Any
+    graphdef: Any
+    trainable: Any
+    optimizer: Any
+
+    @classmethod
+    def create(cls, model: nnx.Module, trainable: Any, optimizer: optax.GradientTransformation, ema: bool):
+        """The state before the first step. `trainable` is an nnx filter of the parameters that gradients train."""
+        graphdef, params, rest = nnx.split(model, trainable, ...)  # type: ignore[misc]
+        average = jax.tree.map(jnp.copy, params) if ema else None
+        return cls(params, rest, optimizer.init(params), average, graphdef, trainable, optimizer)
+
+    def split(self, variables: Any) -> tuple[Any, Any]:
+        """Splits all variables of the model into (params, rest)."""
+        params, rest = nnx.split_state(variables, self.trainable, ...)
+        return params, rest
+
+    def with_rest_of(self, model: Any) -> "TrainState":
+        """This state, with what is not trained by gradients taken from a model (its codebooks have moved)."""
+        return dataclasses.replace(self, rest=self.split(nnx.state(model))[1])
+
+    def model(self, params: Any = None) -> Any:
+        """The model, with other parameters if given."""
+        return nnx.merge(self.graphdef, self.params if params is None else params, self.rest)
+
+
+def gradients(
+    loss_fn: Callable[[Any, Any], tuple[jax.Array, Any]], state: TrainState, inputs: Any, grad_accum: int
+) -> tuple[Any, dict[str, jax.Array], Any]:
+    """Gradients of a loss that is a mean over the batch, taken in `grad_accum` equal parts.
+
+    Args:
+      loss_fn: From model and inputs to (loss, (metrics, batch-first arrays)).
+      inputs: A tree of batch-first arrays.
+    Returns:
+      Gradients, the metrics (means over the parts, with `loss`), and the arrays of the whole batch.
+    """
+
+    def part(inputs: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return loss_fn(state.model(params), inputs)
+
+        (value, (metrics, arrays)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return grads, {"loss": value} | metrics, arrays
+
+    if grad_accum == 1:
+        return part(inputs)
+
+    # Part i holds the clips i, i + n, ...: each device keeps the clips that it has.
+    parts = jax.tree.map(lambda x: x.reshape(-1, grad_accum, *x.shape[1:]).swapaxes(0, 1), inputs)
+
+    def body(total: Any, inputs: Any) -> Any:
+        grads, metrics, arrays = part(inputs)
+        return jax.tree.map(jnp.add, total, (grads, metrics)), arrays
+
+    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts))[:2]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, arrays = jax.lax.scan(body, zeros, parts)
+    grads, metrics = jax.tree.map(lambda x: x / grad_accum, total)
+    arrays = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), arrays)
+    return grads, metrics, arrays
+
+
+def apply_gradients(state: TrainState, grads: Any, cfg: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of the optimizer, and of the moving average.
+
+    Args:
+      cfg: Its `ema_decay` and `log_gradients` count.
+    Returns:
+      The state, and `grad_norm` and `param_norm`, on request by component too.
+    """
+    updates, opt_state = state.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = jax.tree.map(lambda a, b: cfg.ema_decay * a + (1 - cfg.ema_decay) * b, ema, params)
+    norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+    if cfg.log_gradients:
+        norms |= {f"grad_norm/{name}": optax.global_norm(part) for name, part in grads.items()}
+    return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema), norms
