@@ -24,8 +24,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -51,7 +51,18 @@ ACTION_NAMES = (
     *("LEFT+DOWN", "LEFT", "LEFT+UP", "DOWN", "NONE", "UP", "RIGHT+DOWN", "RIGHT", "RIGHT+UP"),
     *("D", "A", "W", "S", "Q", "E"),  # keys of other games: in CoinRun they do what NONE does
 )
-STICKY_WEIGHTS = (1, 3, 3, 1, 2, 4, 2, 6, 9, *[0.25] * 6)  # of ACTION_NAMES: two thirds move right
+STICKY_WEIGHTS = (
+    1,
+    3,
+    3,
+    1,
+    2,
+    4,
+    2,
+    6,
+    9,
+    *[0.25] * 6,
+)  # of ACTION_NAMES: half move right, three times as often as left
 STICKY_HOLD = 8  # mean time steps for which the sticky policy holds an action
 
 
@@ -66,7 +77,7 @@ class Config:
     seed: int = 0
     """Decides the levels and the actions. The same seed gives the same files."""
     num_workers: int | None = None
-    """Worker processes, 0.3 GB of memory each; by default one for each core. It has no effect on the files."""
+    """Worker processes, 0.8 GB of memory each; by default one for each core. It has no effect on the files."""
     distribution_mode: Literal["hard", "easy"] = "hard"
     """Procgen's difficulty of the levels."""
     policy: Literal["uniform", "sticky"] = "uniform"
@@ -115,7 +126,7 @@ def main(config: Config) -> None:
     megabytes = sum((folder / shard.file).stat().st_size for shard in shards.values()) / 1e6
     print(
         f"{num_frames:,} frames (of {config.num_episodes * EPISODE_STEPS:,} time steps) in {num_clips:,} clips, "
-        f"{speed:,.0f} time steps/s, {megabytes:,.1f} MB: {folder}"
+        f"{speed:,.0f} frames/s, {megabytes:,.1f} MB: {folder}"
     )
 
 
@@ -356,7 +367,7 @@ def _finished_shard(folder: Path, unfinished: Path, task: Task) -> "Shard | None
     return Shard(task.file, json.loads(note.read_text()))
 
 
-def _make_shard(config: Config, task: Task, unfinished: Path, scratch: Path) -> "Shard":
+def _make_shard(config: Config, task: Task, unfinished: Path, scratch: Path) -> tuple[Task, "Shard"]:
     """Makes one file and notes that it is finished; runs in a worker."""
     from utils.data import write_shard
 
@@ -364,18 +375,19 @@ def _make_shard(config: Config, task: Task, unfinished: Path, scratch: Path) -> 
     clips = make_clips(config, task)
     try:
         shard = write_shard(scratch, task.file, clips)
-    except RuntimeError as error:  # all that ArrayRecord raises, also when the disk is full
-        raise OSError(f"{folder / task.file}: {error}; the same command continues once there is room") from error
-    (folder / task.split).mkdir(exist_ok=True)
-    os.replace(scratch / task.file, folder / task.file)
-    _write_json(_note_of(unfinished, task), shard.lengths, scratch)
-    return shard
+        (folder / task.split).mkdir(exist_ok=True)
+        os.replace(scratch / task.file, folder / task.file)
+        _write_json(_note_of(unfinished, task), shard.lengths, scratch)
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError, for instance when the disk is full
+        raise OSError(f"{folder / task.file}: {error}; once that is mended, the same command continues") from error
+    return task, shard
 
 
 def _generate(config: Config, tasks: list[Task], unfinished: Path, shards: dict[Task, "Shard"]) -> None:
     """Makes the shards of `tasks` in worker processes and adds them to `shards`."""
     from tqdm import tqdm
 
+    num_workers = config.num_workers or _num_cores()
     # Each run writes in a folder of its own, so that a worker which outlives a killed run by a moment does no harm.
     scratch = Path(tempfile.mkdtemp(prefix="scratch-", dir=unfinished))
     num_done = sum(task.num_episodes for task in shards)
@@ -387,12 +399,10 @@ def _generate(config: Config, tasks: list[Task], unfinished: Path, shards: dict[
         disable=None,  # where stderr is no terminal; there, ten lines tell
     )
     try:
-        with bar, _workers(min(config.num_workers or _num_cores(), len(tasks)) or 1) as workers:
-            with _interrupts_blocked():
-                futures = {workers.submit(_make_shard, config, task, unfinished, scratch): task for task in tasks}
+        calls = [(config, task, unfinished, scratch) for task in tasks]
+        with bar, _running(_make_shard, calls, num_workers) as futures:
             for future in as_completed(futures):
-                task = futures[future]
-                shards[task] = future.result()
+                task, shards[task] = future.result()
                 tenth = num_done * 10 // config.num_episodes
                 num_done += task.num_episodes
                 bar.update(task.num_episodes * EPISODE_STEPS)
@@ -400,28 +410,39 @@ def _generate(config: Config, tasks: list[Task], unfinished: Path, shards: dict[
                     print(f"{num_done} of {config.num_episodes} episodes", file=sys.stderr, flush=True)
     except BrokenProcessPool as error:
         raise InputError(
-            "a worker process was killed, most likely for lack of memory; lower --num_workers and run the same command "
-            "again, which continues"
+            f"--num_workers {num_workers}: a worker was killed, most likely for lack of memory; run the same command "
+            "with fewer, which continues"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _workers(num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes, which end at once when an exception, Ctrl-C or SIGTERM included, leaves the block."""
+def _running(function: Callable[..., Any], calls: Sequence[tuple], num_workers: int) -> Iterator[list[Future]]:
+    """Runs the calls in worker processes.
+
+    These end at once when an exception, Ctrl-C or SIGTERM leaves the block, and when this process dies. A terminal's
+    Ctrl-C, which goes to every process, passes them by: blocked signals are inherited.
+    """
+    num_workers = max(1, min(num_workers, len(calls)))
     context = multiprocessing.get_context("spawn")
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    others = multiprocessing.active_children()
+    sigterm = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent) as executor:
             try:
-                yield executor
+                blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    futures = [executor.submit(function, *call) for call in calls]  # starts the workers
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+                yield futures
             except BaseException:
-                for process in multiprocessing.active_children():
+                for process in set(multiprocessing.active_children()).difference(others):
                     process.terminate()
                 raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, sigterm)
 
 
 def _end_with_parent() -> None:
@@ -434,16 +455,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Processes started here never see a terminal's Ctrl-C, which reaches all processes; their parent ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _num_cores() -> int:

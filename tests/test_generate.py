@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -210,17 +211,13 @@ def test_interrupted_runs_leave_no_dataset_and_the_same_command_completes_it(dat
             assert path.read_bytes() == whole[str(path.relative_to(folder))]
         return process.returncode, stderr
 
-    def workers_start() -> bool:
-        return any((folder / "unfinished").glob("scratch-*")) and not time.sleep(0.2)
-
-    for moment in (workers_start, lambda: num_finished() >= 1):
-        interrupted = start()
-        wait_until(moment)
-        os.killpg(interrupted.pid, signal.SIGINT)  # as a terminal does: to the workers as well
-        status, stderr = end(interrupted)
-        assert status == 130
-        assert stderr.splitlines()[-1] == "interrupted"
-        assert "Traceback" not in stderr
+    interrupted = start()
+    wait_until(lambda: num_finished() > 0)
+    os.killpg(interrupted.pid, signal.SIGINT)  # as a terminal does: to the workers as well
+    status, stderr = end(interrupted)
+    assert status == 130
+    assert stderr.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in stderr
 
     killed, finished = start(), num_finished()
     wait_until(lambda: num_finished() > finished)
@@ -234,6 +231,13 @@ def test_interrupted_runs_leave_no_dataset_and_the_same_command_completes_it(dat
     assert "gym" not in stderr.lower()
     assert str(folder) in stdout
     assert files_of(folder) == files_of(dataset)
+
+
+def test_workers_leave_ctrl_c_to_their_parent():
+    with generate_dataset._running(time.sleep, [(1,)], num_workers=1) as futures:
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGINT)
+        assert futures[0].result() is None
 
 
 def test_full_disk_is_one_error_and_leaves_no_file_under_its_name(tmp_path):

@@ -240,15 +240,14 @@ def fit(
                     pending = None
                 checkpoints.save(state, {"step": step, "batch": step, "seed": cfg.seed}, val_metrics)
             if stopping:
-                checkpoints.close()
-                if is_main:
-                    print(f"stopped by a signal after saving step {step}; the same command resumes", flush=True)
-                raise SystemExit(0)
+                break
     finally:
         stop.restore()
         for writer in writers:
             writer.close()
-    checkpoints.close()
+        checkpoints.close()  # without this the last save, which goes on in the background, would be lost
+    if stopping and is_main:
+        print(f"stopped by a signal after step {step}, which is saved; run again to resume", flush=True)
 
 
 def _with_parts(state: TrainState, parts: dict[str, nnx.Module], shardings: Any) -> TrainState:

@@ -1,0 +1,99 @@
+"""Fixtures that are dear to make, shared by the tests: a tiny dataset, tiny models, a compile cache."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CACHE = Path(os.environ.get("JAFAR_TEST_CACHE", ROOT / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import jax  # noqa: E402 (the cache is set before)
+
+from utils.data import Clip, Metadata, write_metadata, write_shard  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "allow")
+
+FRAME = (16, 16, 3)
+
+
+def make_clip(seed: int, length: int, shape: tuple[int, int, int] = FRAME) -> Clip:
+    """A bright square that moves left or right, as the action says, on a dim pattern."""
+    rng = np.random.default_rng(seed)
+    H, W, C = shape
+    actions = rng.integers(0, 2, length).astype(np.int32)
+    frames = np.empty((length, H, W, C), np.uint8)
+    background = rng.integers(0, 60, (H, W, C))
+    x = int(rng.integers(0, W))
+    for t in range(length):
+        frames[t] = background
+        frames[t, H // 2 : H // 2 + 4, [(x + i) % W for i in range(4)]] = 250
+        x += 2 if actions[t] else -2
+    rewards = np.zeros(length, np.float32)
+    return Clip(frames, f"clip-{seed}", actions, rewards, level_seed=seed)
+
+
+def make_dataset(folder: Path, shape: tuple[int, int, int] = FRAME, clips: int = 24, actions: bool = True) -> Path:
+    """A dataset of a few clips of 6 to 12 frames in each split."""
+    splits = {}
+    for i, split in enumerate(("train", "val", "test")):
+        made = [make_clip(1000 * i + j, 6 + j % 7, shape) for j in range(clips)]
+        if not actions:
+            made = [Clip(clip.frames_THWC, clip.clip_id) for clip in made]
+        splits[split] = (
+            write_shard(folder, f"{split}/00000.array_record", made[::2]),
+            write_shard(folder, f"{split}/00001.array_record", made[1::2]),
+        )
+    names = ("LEFT", "RIGHT") if actions else None
+    write_metadata(folder, Metadata("squares", shape, 10.0, names, splits, {}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+MODEL = ["--model.width", "16", "--model.num_heads", "2", "--model.num_blocks", "1"]
+SMALL = ["--preset", "tiny", "--batch_size", "8", "--seq_len", "6", "--val_batches", "2", *MODEL]
+TOKENIZER = [*SMALL, "--model.patch_size", "4", "--model.num_codes", "32", "--model.code_width", "8"]
+LAM = [*SMALL, "--model.patch_size", "8", "--model.num_codes", "3", "--model.code_width", "4"]
+
+
+def script(name: str, *flags: object, devices: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """Runs one of the scripts as a user would, on `devices` fake CPU devices."""
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, f"{name}.py", *map(str, flags)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, dataset) -> dict[str, Path]:
+    """Folders of a tokenizer, a LAM and a world, each trained for a few steps by its script."""
+    root = tmp_path_factory.mktemp("trained")
+    shared = [
+        "--data_dir",
+        dataset,
+        "--num_steps",
+        6,
+        "--log_interval",
+        1,
+        "--val_interval",
+        3,
+        "--compile_cache",
+        CACHE,
+    ]
+    shared += ["--checkpoint_interval", 3]
+    script("train_tokenizer", *TOKENIZER, "--ckpt_dir", root / "tokenizer", *shared)
+    script("train_lam", *LAM, "--ckpt_dir", root / "lam", *shared)
+    parts = ["--tokenizer_checkpoint", root / "tokenizer", "--lam_checkpoint", root / "lam"]
+    script("train_dynamics", *SMALL, "--ckpt_dir", root / "world", *parts, *shared)
+    return {name: root / name for name in ("tokenizer", "lam", "world")}

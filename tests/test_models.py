@@ -1,0 +1,200 @@
+"""What the models may see, what carries gradient, and how quantisation behaves."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.dynamics import Dynamics, DynamicsConfig, hide_tokens, masked_cross_entropy
+from models.errors import InputError
+from models.lam import LAM, LAMConfig
+from models.nn import Compute, STConfig, attention, patchify, rotate, unpatchify
+from models.tokenizer import Tokenizer, TokenizerConfig
+from models.vq import VectorQuantizer
+
+B, T, H, W = 2, 4, 8, 8
+SIZE = {"width": 16, "num_heads": 2, "num_blocks": 2}
+TOKENIZER = TokenizerConfig(**SIZE, patch_size=4, num_codes=16, code_width=4, frame_shape=(H, W, 3))
+LAM_CONFIG = LAMConfig(**SIZE, patch_size=4, num_codes=3, code_width=4, frame_shape=(H, W, 3))
+DYNAMICS = DynamicsConfig(**SIZE, num_codes=16, num_patches=4, num_actions=3)
+FRAMES = jax.random.uniform(jax.random.key(0), (B, T, H, W, 3))
+TOKENS = jax.random.randint(jax.random.key(1), (B, T, 4), 0, 16)
+ACTIONS = jnp.array([[-1, 0, 1, 2], [-1, 2, 1, 0]])
+
+
+def influence(fn, x):
+    """Matrix (T out, T in): does the gradient of the outputs of frame i by the inputs of frame j differ from zero?
+
+    `fn` maps (B, T, ...) to (B, T', ...).
+    """
+
+    def row(i):
+        grads = jax.grad(lambda x: jnp.sum(jnp.sin(3 * jnp.take(fn(x), i, axis=1))))(x)
+        return jnp.any(grads != 0, axis=tuple(k for k in range(x.ndim) if k != 1))
+
+    outputs = jax.eval_shape(fn, x).shape[1]
+    return np.asarray(jax.jit(jax.vmap(row))(jnp.arange(outputs)))
+
+
+def test_tokenizer_sees_no_later_frame():
+    model = Tokenizer(TOKENIZER, Compute(), nnx.Rngs(0))
+    seen = influence(lambda x: model(x).frames_BTHWC, FRAMES)
+    np.testing.assert_array_equal(seen, np.tril(np.ones((T, T), bool)))
+
+
+def test_lam_decoder_sees_past_frames_and_actions_only():
+    model = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0))
+    vectors = jax.random.normal(jax.random.key(2), (B, T - 1, 4))
+    past = np.tril(np.ones((T - 1, T - 1), bool))  # row t predicts frame t + 1 from frames and actions up to t
+    np.testing.assert_array_equal(influence(lambda x: model.predict(x, vectors), FRAMES[:, :-1]), past)
+    np.testing.assert_array_equal(influence(lambda a: model.predict(FRAMES[:, :-1], a), vectors), past)
+
+
+def test_latent_action_depends_on_the_next_frame_and_no_later_one():
+    model = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0))
+    seen = influence(lambda x: model(x).latents_BTm1L * 0 + model._latents(x), FRAMES)
+    np.testing.assert_array_equal(seen, np.tril(np.ones((T - 1, T), bool), k=1))
+
+
+@pytest.mark.parametrize("action_token", ["prepend", "add"])
+def test_dynamics_is_causal_in_tokens_and_actions(action_token):
+    model = Dynamics(dataclasses.replace(DYNAMICS, action_token=action_token), Compute(), nnx.Rngs(0))
+    table, actions = model.token_embedding[...][TOKENS], model.action_embedding[...][ACTIONS]
+
+    def logits(x_BTNM, a_BTM):
+        a = a_BTM[:, :, None]
+        x = jnp.concatenate([a, x_BTNM], axis=2) if action_token == "prepend" else x_BTNM + a
+        return model._logits(model.transformer(x + model.position_NM[...]))
+
+    # The same as calling the model, but with embeddings to differentiate by.
+    np.testing.assert_allclose(logits(table, actions), model(TOKENS, jnp.zeros_like(TOKENS, bool), ACTIONS), atol=1e-5)
+    causal = np.tril(np.ones((T, T), bool))
+    np.testing.assert_array_equal(influence(lambda x: logits(x, actions), table), causal)
+    np.testing.assert_array_equal(influence(lambda a: logits(table, a), actions), causal)
+
+
+def test_an_action_changes_the_frame_it_leads_to_and_nothing_earlier():
+    model = Dynamics(DYNAMICS, Compute(), nnx.Rngs(0))
+    hidden = jnp.ones_like(TOKENS, bool).at[:, 0].set(False)
+    for t in range(1, T):
+        other = ACTIONS.at[:, t].set((ACTIONS[:, t] + 1) % 3)
+        change = jnp.abs(model(TOKENS, hidden, ACTIONS) - model(TOKENS, hidden, other)).max(axis=(0, 2, 3))
+        assert np.all(np.asarray(change[:t]) == 0)
+        assert change[t] > 0
+
+
+def test_hidden_tokens_are_invisible_and_alone_carry_loss():
+    model = Dynamics(DYNAMICS, Compute(), nnx.Rngs(0))
+    hidden = hide_tokens(DYNAMICS, jax.random.key(3), TOKENS.shape)
+    assert not hidden[:, 0].any()
+    assert 0 < hidden[:, 1:].sum() < hidden[:, 1:].size
+    lies = jnp.where(hidden, (TOKENS + 5) % 16, TOKENS)
+    np.testing.assert_array_equal(model(TOKENS, hidden, ACTIONS), model(lies, hidden, ACTIONS))
+    lies = jnp.where(hidden, TOKENS, (TOKENS + 5) % 16)
+    assert jnp.abs(model(TOKENS, hidden, ACTIONS) - model(lies, hidden, ACTIONS)).max() > 0
+
+    logits = model(TOKENS, hidden, ACTIONS)
+    by_logits = jax.grad(lambda x: masked_cross_entropy(x, TOKENS, hidden)[0].sum())(logits)
+    np.testing.assert_array_equal(jnp.any(by_logits != 0, axis=-1), hidden)
+    nll, hits = masked_cross_entropy(logits, TOKENS, hidden)
+    expected = -np.log(np.take_along_axis(np.asarray(jax.nn.softmax(logits)), np.asarray(TOKENS)[..., None], -1))[
+        ..., 0
+    ]
+    np.testing.assert_allclose(nll, np.where(hidden, expected, 0), rtol=1e-4)
+    assert set(np.unique(hits)) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("mask_rates", ["clip", "frame"])
+def test_hidden_shares_follow_their_distribution(mask_rates):
+    cfg = dataclasses.replace(DYNAMICS, mask_rates=mask_rates, num_patches=64)
+    shares = hide_tokens(cfg, jax.random.key(0), (500, 8, 64))[:, 1:].mean(axis=-1)
+    spread = float(shares.std(axis=1).mean())
+    if mask_rates == "clip":  # U(0.5, 1) per clip, the same for its frames
+        assert abs(float(shares.mean()) - 0.75) < 0.02
+        assert spread < 0.08
+    else:  # U(0, 1) per frame
+        assert abs(float(shares.mean()) - 0.5) < 0.02
+        assert spread > 0.2
+
+
+@pytest.mark.parametrize(("shape", "patch"), [((8, 8, 3), 4), ((9, 14, 3), 4), ((7, 5, 1), 3), ((4, 4, 3), 1)])
+def test_patchify_round_trip(shape, patch):
+    frames = jax.random.uniform(jax.random.key(0), (2, 3, *shape))
+    patches = patchify(frames, patch)
+    assert patches.shape[2] == -(-shape[0] // patch) * -(-shape[1] // patch)
+    np.testing.assert_array_equal(unpatchify(patches, patch, shape), frames)
+
+
+def test_patches_are_row_by_row():
+    frames = jnp.arange(16.0).reshape(1, 1, 4, 4, 1)
+    np.testing.assert_array_equal(patchify(frames, 2)[0, 0, 1], [2, 3, 6, 7])
+
+
+def test_padding_repeats_the_edge():
+    frames = jnp.arange(3.0).reshape(1, 1, 1, 3, 1)
+    np.testing.assert_array_equal(patchify(frames, 2)[0, 0, 1], [2, 2, 2, 2])
+
+
+def test_straight_through_gradient():
+    vq = VectorQuantizer(8, 4, 0.9, 0, nnx.Rngs(0))
+    z, weight = jax.random.normal(jax.random.key(0), (5, 4)), jax.random.normal(jax.random.key(1), (5, 4))
+    quantized = vq(z)
+    np.testing.assert_allclose(quantized.vectors, vq.lookup(quantized.codes), atol=1e-6)
+    nearest = np.argmax(np.asarray(z) @ np.asarray(vq.codebook_KL).T, axis=1)
+    np.testing.assert_array_equal(quantized.codes, nearest)
+    # As if quantisation were not there: the gradient of the normalised latent.
+    through = jax.grad(lambda z: jnp.sum(vq(z).vectors * weight))(z)
+    plain = jax.grad(lambda z: jnp.sum(z / jnp.linalg.norm(z, axis=-1, keepdims=True) * weight))(z)
+    np.testing.assert_allclose(through, plain, atol=1e-5)
+    assert jnp.abs(jax.grad(lambda z: vq(z).commitment)(z)).max() > 0
+
+
+def test_codes_follow_their_latents():
+    vq = VectorQuantizer(2, 3, 0.5, 0, nnx.Rngs(0))
+    target = jnp.array([[0.0, 0.6, 0.8]])
+    for _ in range(30):
+        vq.update(target, jnp.array([0]), jax.random.key(0))
+    np.testing.assert_allclose(vq.codebook_KL[0], target[0], atol=1e-3)
+
+
+def test_unused_codes_stay_until_they_are_reset():
+    vq = VectorQuantizer(4, 3, 0.9, 3, nnx.Rngs(0))
+    before = vq.codebook_KL
+    latents = jnp.eye(3)
+    for i in range(2):
+        vq.update(latents, jnp.array([0, 0, 1]), jax.random.key(i))
+    np.testing.assert_array_equal(vq.codebook_KL[2:], before[2:])
+    np.testing.assert_array_equal(vq.idle_K[...], [0, 0, 2, 2])
+    vq.update(latents, jnp.array([0, 0, 1]), jax.random.key(2))
+    np.testing.assert_array_equal(vq.idle_K[...], 0)
+    for code in np.asarray(vq.codebook_KL[2:]):  # each is now one of the latents
+        assert np.min(np.abs(np.eye(3) - code).sum(axis=1)) < 1e-5
+
+
+def test_attention_equals_the_textbook():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8))
+    logits = np.einsum("bsqd,btqd->bqst", q, k) / np.sqrt(8)
+    for causal in (False, True):
+        masked = np.where(np.tril(np.ones((5, 5))) > 0, logits, -np.inf) if causal else logits
+        weights = np.exp(masked) / np.exp(masked).sum(-1, keepdims=True)
+        expected = np.einsum("bqst,btqd->bsqd", weights, v)
+        np.testing.assert_allclose(attention(q, k, v, causal=causal), expected, atol=1e-5)
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 6, 1, 1, 8))
+    scores = lambda start: jnp.einsum("bsnqd,btnqd->st", rotate(q, start), rotate(k, start))
+    np.testing.assert_allclose(scores(0), scores(1000), atol=1e-3)
+    assert jnp.abs(rotate(q, 0) - rotate(q, 1)).max() > 0.1
+
+
+def test_bad_sizes_are_refused_in_one_line():
+    with pytest.raises(InputError, match=r"--model.width 15.*num_heads 2"):
+        STConfig(width=15, num_heads=2)
+    with pytest.raises(InputError, match=r"patch_size 0"):
+        TokenizerConfig(patch_size=0)
+    with pytest.raises(InputError, match="cudnn"):
+        attention(*jnp.zeros((3, 1, 2, 1, 8)), causal=True, implementation="cudnn")

@@ -1,0 +1,141 @@
+"""MaskGIT's schedule, and cached rollouts against plain ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.dynamics import DynamicsConfig
+from models.errors import InputError
+from models.genie import World, WorldConfig
+from models.lam import LAMConfig
+from models.nn import Compute
+from models.sampling import SamplingConfig, fill_tokens, next_frame, rollout, start_rollout
+from models.tokenizer import TokenizerConfig
+
+SIZE = {"width": 16, "num_heads": 2, "num_blocks": 2}
+FRAME = (8, 8, 3)
+WINDOW = 5
+CONFIG = WorldConfig(
+    TokenizerConfig(**SIZE, patch_size=4, num_codes=16, code_width=4, frame_shape=FRAME),
+    LAMConfig(**SIZE, patch_size=4, num_codes=3, code_width=4, frame_shape=FRAME),
+    DynamicsConfig(**SIZE, num_codes=16, num_patches=4, num_actions=3),
+    window=WINDOW,
+)
+FRAMES = jax.random.uniform(jax.random.key(0), (2, WINDOW, *FRAME))
+ACTIONS = jnp.array([[0, 1, 2, 1], [2, 2, 0, 1]])
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(CONFIG, Compute(), nnx.Rngs(0))
+
+
+def plain_rollout(world, frames, actions, key, cfg):
+    """The same without any cache: every MaskGIT step runs the whole clip."""
+    tokens = world.tokenizer.encode(frames)
+    for t in range(frames.shape[1], actions.shape[1] + 1):
+        led_by = jnp.pad(actions[:, :t], ((0, 0), (1, 0)), constant_values=-1)
+
+        def logits(tokens_BN, hidden_BN, tokens=tokens, led_by=led_by):
+            clip = jnp.concatenate([tokens, tokens_BN[:, None]], axis=1)
+            hidden = jnp.concatenate([jnp.zeros_like(tokens, bool), hidden_BN[:, None]], axis=1)
+            return world.dynamics(clip, hidden, led_by)[:, -1]
+
+        new = fill_tokens(logits, (len(tokens), tokens.shape[2]), jax.random.fold_in(key, t), cfg)
+        tokens = jnp.concatenate([tokens, new[:, None]], axis=1)
+    return jnp.clip(world.tokenizer.decode(tokens)[:, frames.shape[1] :], 0, 1)
+
+
+@pytest.mark.parametrize("prompt", [1, 3])
+@pytest.mark.parametrize("cfg", [SamplingConfig(steps=3), SamplingConfig(steps=2, temperature=0.0, order="random")])
+def test_cached_rollout_equals_the_plain_one(world, prompt, cfg):
+    key = jax.random.key(7)
+    cached = rollout(world, FRAMES[:, :prompt], ACTIONS, key, cfg)
+    plain = plain_rollout(world, FRAMES[:, :prompt], ACTIONS, key, cfg)
+    np.testing.assert_allclose(cached, plain, atol=1e-4)
+
+
+def test_cached_logits_equal_those_of_the_whole_clip(world):
+    tokens = world.tokenizer.encode(FRAMES)
+    led_by = jnp.pad(ACTIONS, ((0, 0), (1, 0)), constant_values=-1)
+    seen = jnp.zeros_like(tokens, bool)
+    whole = world.dynamics(tokens, seen, led_by)
+    state = start_rollout(world, FRAMES[:, :-1], ACTIONS[:, :-1])
+    last, _ = world.dynamics.run(tokens[:, -1:], seen[:, -1:], led_by[:, -1:], state.dynamics, state.frame)
+    np.testing.assert_allclose(last[:, 0], whole[:, -1], atol=1e-5)
+
+
+def test_long_rollouts_keep_their_size_and_slide(world):
+    cfg = SamplingConfig(steps=1)
+    state = start_rollout(world, FRAMES[:, :1], ACTIONS[:, :0])
+    sizes = [x.shape for x in jax.tree.leaves(state)]
+    step = jax.jit(lambda state, key: next_frame(world, state, jnp.array([1, 2]), key, cfg))
+    for i in range(3 * WINDOW):
+        frame, state = step(state, jax.random.key(i))
+        assert [x.shape for x in jax.tree.leaves(state)] == sizes
+        assert np.isfinite(frame).all()
+    assert int(state.frame) == 1 + 3 * WINDOW
+    assert step._cache_size() == 1
+    # The ring holds the last window - 1 frames: what lies further back has no influence.
+    forgotten = state._replace(frame=state.frame + 4 * (WINDOW - 1))
+    assert jax.tree.map(jnp.shape, forgotten) == jax.tree.map(jnp.shape, state)
+
+
+def test_prompts_longer_than_the_window_count_by_their_end(world):
+    long = jnp.concatenate([jax.random.uniform(jax.random.key(9), (2, 3, *FRAME)), FRAMES[:, 1:]], axis=1)
+    more = jnp.concatenate([jnp.zeros((2, 3), jnp.int32), ACTIONS[:, 1:]], axis=1)
+    a = start_rollout(world, long, more)
+    b = start_rollout(world, FRAMES[:, 1:], ACTIONS[:, 1:])
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("order", ["confidence", "random"])
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_every_token_is_filled_once_on_a_cosine_schedule(order, steps):
+    """The model insists on token 3 in step 0, 4 in step 1, and so on: what stands at the end tells when it was set."""
+    N, hidden_counts = 16, []
+
+    def logits(tokens, hidden):
+        hidden_counts.append(hidden.sum())
+        step = len(hidden_counts) - 1
+        return jnp.zeros((1, N, 40)).at[:, :, 3 + step].set(50.0)
+
+    with jax.disable_jit():
+        tokens = fill_tokens(logits, (1, N), jax.random.key(0), SamplingConfig(steps=steps, order=order))
+    expected = [N, *(int(N * np.cos(np.pi / 2 * (i + 1) / steps) + 1e-6) for i in range(steps - 1))]
+    np.testing.assert_array_equal([int(n) for n in hidden_counts], expected)
+    set_in_step = np.bincount(np.asarray(tokens)[0] - 3, minlength=steps)
+    np.testing.assert_array_equal(set_in_step, -np.diff([*expected, 0]))
+
+
+def test_confidence_order_settles_sure_tokens_first():
+    seen = []
+
+    def logits(tokens, hidden):
+        seen.append(np.asarray(hidden)[0])
+        sure = jnp.array([9.0, 0.1, 6.0, 0.2])[:, None]
+        return (jax.nn.one_hot(jnp.array([1, 2, 3, 4]), 8) * sure)[None]
+
+    with jax.disable_jit():
+        tokens = fill_tokens(logits, (1, 4), jax.random.key(0), SamplingConfig(steps=2, temperature=0.0))
+    np.testing.assert_array_equal(seen[1], [False, True, False, True])
+    np.testing.assert_array_equal(tokens[0], [1, 2, 3, 4])
+
+
+def test_temperature_zero_is_deterministic_and_one_is_not(world):
+    state = start_rollout(world, FRAMES[:, :1], ACTIONS[:, :0])
+    draw = lambda key, cfg: next_frame(world, state, jnp.array([0, 1]), jax.random.key(key), cfg)[0]
+    # One step of random order depends on nothing but the logits when the temperature is zero.
+    cold = SamplingConfig(steps=1, temperature=0.0)
+    np.testing.assert_array_equal(draw(0, cold), draw(1, cold))
+    warm = SamplingConfig(steps=1)
+    assert jnp.abs(draw(0, warm) - draw(1, warm)).max() > 0
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(InputError, match="--steps 0"):
+        SamplingConfig(steps=0)
+    with pytest.raises(InputError, match="--temperature -1"):
+        SamplingConfig(temperature=-1)

@@ -1,0 +1,211 @@
+"""The training scripts as users run them: what they leave behind, resume, what stays frozen, and clear refusals."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from models.genie import checkpoint_steps, load_lam, load_tokenizer, load_world
+from tests.conftest import CACHE, LAM, ROOT, SMALL, TOKENIZER, make_dataset, script
+
+
+def stored(path, step, item="model"):
+    """An item of a checkpoint as {path: array}."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(path.absolute() / str(step) / item)
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def lines(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(path):
+    return {line["step"]: line["loss"] for line in lines(path) if "loss" in line}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def flags(dataset, folder, *more):
+    shared = ["--data_dir", dataset, "--ckpt_dir", folder, "--num_steps", 6, "--log_interval", 1, "--val_interval", 3]
+    return [*shared, "--checkpoint_interval", 3, "--compile_cache", CACHE, *more]
+
+
+def test_each_training_leaves_what_the_readme_says(trained):
+    for kind, metric in (("tokenizer", "val_psnr"), ("lam", "val_psnr_random_action"), ("world", "val_accuracy")):
+        folder = trained[kind]
+        assert checkpoint_steps(folder) == [3, 6]
+        assert sorted(losses(folder)) == [1, 2, 3, 4, 5, 6]
+        assert [line["step"] for line in lines(folder) if metric in line] == [3, 6]
+        assert len(list((folder / "images").glob("*.png"))) == 2
+        config = json.loads((folder / "config.json").read_text())
+        assert config["kind"] == kind
+        assert config["versions"]["jax"] == jax.__version__
+        assert not list(folder.rglob("*tmp*"))
+
+
+def test_checkpoints_load_by_path_alone(trained):
+    tokenizer, lam, world = (
+        load_tokenizer(trained["tokenizer"]),
+        load_lam(trained["lam"]),
+        load_world(trained["world"]),
+    )
+    frames = jax.random.uniform(jax.random.key(0), (1, 4, 16, 16, 3))
+    np.testing.assert_array_equal(world.tokenizer.encode(frames), tokenizer.encode(frames))
+    np.testing.assert_array_equal(world.infer_actions(frames), lam.infer(frames))
+
+
+def test_frozen_parts_stay_bit_identical_and_are_in_no_optimizer(trained):
+    world = stored(trained["world"], 6)
+    for part in ("tokenizer", "lam"):
+        before = {f"['{part}']{name}": value for name, value in stored(trained[part], 6).items()}
+        assert_same(before, {name: value for name, value in world.items() if name.startswith(f"['{part}']")})
+    moved = stored(trained["world"], 3)
+    assert any(np.any(moved[n] != world[n]) for n in world if n.startswith("['dynamics']"))
+    in_optimizer = stored(trained["world"], 6, "optimizer")
+    assert any("dynamics" in name for name in in_optimizer)
+    assert not any("tokenizer" in name or "lam" in name for name in in_optimizer)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "lam", "world"])
+def test_a_resumed_run_equals_an_uninterrupted_one(kind, trained, dataset, tmp_path):
+    """Bit for bit: losses, parameters, optimizer, codebooks and their counters."""
+    folder = tmp_path / kind
+    shutil.copytree(trained[kind], folder)
+    shutil.rmtree(folder / "6")  # as if stopped after step 3, with two more steps already logged
+    if kind == "world":
+        name, model = "train_dynamics", [*SMALL, "--lam_checkpoint", trained["lam"]]
+        model += ["--tokenizer_checkpoint", trained["tokenizer"]]
+    else:
+        name, model = f"train_{kind}", TOKENIZER if kind == "tokenizer" else LAM
+    done = script(name, *model, *flags(dataset, folder))
+    assert "at step 3" in done.stdout
+    assert losses(folder) == losses(trained[kind])
+    assert [line["step"] for line in lines(folder)] == [line["step"] for line in lines(trained[kind])]
+    for item in ("model", "optimizer"):
+        assert_same(stored(folder, 6, item), stored(trained[kind], 6, item))
+
+
+def test_a_world_with_a_lam_trained_along_and_one_with_true_actions(trained, dataset, tmp_path):
+    parts = ["--tokenizer_checkpoint", trained["tokenizer"], "--num_steps", 3]
+    lam = ["--lam.width", 16, "--lam.num_heads", 2, "--lam.num_blocks", 1, "--lam.patch_size", 8, "--lam.num_codes", 3]
+    script("train_dynamics", *SMALL, *flags(dataset, tmp_path / "co"), *parts, *lam)
+    before, after = stored(tmp_path / "co", 3), load_world(tmp_path / "co")
+    assert after.num_actions == 3
+    assert any("lam" in name for name in stored(tmp_path / "co", 3, "optimizer"))
+    tokenizer = {f"['tokenizer']{n}": v for n, v in stored(trained["tokenizer"], 6).items()}
+    assert_same(tokenizer, {n: v for n, v in before.items() if n.startswith("['tokenizer']")})
+    assert "lam_loss" in lines(tmp_path / "co")[0]
+
+    script("train_dynamics", *SMALL, *flags(dataset, tmp_path / "gt"), *parts, "--use_gt_actions")
+    world = load_world(tmp_path / "gt")
+    assert world.lam is None
+    assert world.num_actions == 2
+    script("sample", "--checkpoint", tmp_path / "gt", "--actions", "true", "--steps", 2, "--num_clips", 2)
+
+
+def test_rerunning_a_finished_training_does_nothing_and_more_steps_continue_it(trained, dataset, tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(trained["tokenizer"], folder)
+    done = script("train_tokenizer", *TOKENIZER, *flags(dataset, folder))
+    assert "already at step 6" in done.stdout
+    assert losses(folder) == losses(trained["tokenizer"])
+    script("train_tokenizer", *TOKENIZER, *flags(dataset, folder), "--num_steps", 8)
+    assert sorted(losses(folder)) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_cleanly(stop, trained, dataset, tmp_path):
+    command = [sys.executable, "train_tokenizer.py", *TOKENIZER, *flags(dataset, tmp_path)]
+    command += ["--num_steps", "100000", "--val_interval", "100000", "--checkpoint_interval", "100000"]
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "metrics.jsonl").exists() or len(lines(tmp_path)) < 5:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(stop)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "stopped by a signal after step" in output
+    assert checkpoint_steps(tmp_path) == [max(losses(tmp_path))]
+
+
+def refused(done):
+    assert done.returncode == 1, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    assert errors[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    return errors[-1]
+
+
+def test_a_nan_loss_stops_before_anything_is_overwritten(dataset, tmp_path):
+    done = script("train_tokenizer", *TOKENIZER, *flags(dataset, tmp_path), "--learning_rate", 1e30,
+                  "--warmup_steps", 0, "--checkpoint_interval", 1, "--grad_clip", 0, check=False)  # fmt: skip
+    message = refused(done)
+    assert "step" in message
+    assert "loss" in message or "grad_norm" in message
+    for name, value in stored(tmp_path, checkpoint_steps(tmp_path)[-1]).items():
+        assert np.all(np.isfinite(value)), name
+
+
+def test_bad_input_is_refused_in_one_line(trained, dataset, tmp_path):
+    small = make_dataset(tmp_path / "small", shape=(8, 8, 3), clips=4)
+    cases = [
+        ("train_tokenizer", [*TOKENIZER, "--data_dir", tmp_path / "none"], "none: no dataset here"),
+        ("train_tokenizer", ["--preset", "huge"], "--preset huge"),
+        ("train_tokenizer", [*TOKENIZER, *flags(dataset, trained["tokenizer"]), "--model.num_codes", 64], "num_codes"),
+        ("train_lam", [*LAM, *flags(dataset, trained["tokenizer"])], "holds a tokenizer, not a lam"),
+        ("train_tokenizer", [*TOKENIZER, *flags(dataset, tmp_path / "a"), "--fsdp", 2], "--fsdp 2"),
+        ("train_dynamics", [*SMALL, *flags(dataset, tmp_path / "b"), "--tokenizer_checkpoint", trained["lam"]],
+         "holds a lam, but a tokenizer is needed"),
+        ("train_dynamics", [*SMALL, *flags(dataset, tmp_path / "c"), "--tokenizer_checkpoint", tmp_path / "no"],
+         "no checkpoint here"),
+        ("train_dynamics", [*SMALL, *flags(small, tmp_path / "d"), "--tokenizer_checkpoint", trained["tokenizer"]],
+         "made for frames of (16, 16, 3)"),
+        ("sample", ["--checkpoint", trained["lam"]], "holds a lam, but a world is needed"),
+        ("sample", ["--checkpoint", trained["world"], "--actions", "0,9"], "this world has the actions 0 to 2"),
+        ("sample", ["--checkpoint", trained["world"], "--prompt_frames", 0], "--prompt_frames 0"),
+    ]  # fmt: skip
+    for name, given, message in cases:
+        assert message in refused(script(name, *given, check=False)), given
+    assert checkpoint_steps(trained["tokenizer"]) == [3, 6]
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused(dataset, tmp_path):
+    done = script("train_tokenizer", *TOKENIZER, *flags(dataset, tmp_path), devices=3, check=False)
+    assert "--batch_size 8: must be a multiple of the 3 devices" in refused(done)
+
+
+def test_sample_writes_videos_a_strip_and_a_table(trained, tmp_path):
+    for actions in ("inferred", "random", "0,1"):
+        out = tmp_path / actions
+        done = script(
+            "sample", "--checkpoint", trained["world"], "--actions", actions, "--steps", 2, "--output_dir", out
+        )
+        assert {p.name for p in out.iterdir()} >= {"rollout.gif", "rollout.mp4", "rollout.png"}
+        assert (out / "rollout.json").exists() == (actions == "inferred")
+    table = json.loads((tmp_path / "inferred" / "rollout.json").read_text())
+    assert len(table["psnr"]) == 5
+    assert "wrote" in done.stdout
+    script("sample", "--checkpoint", trained["world"], "--actions", "1", "--num_frames", 20, "--output_dir", tmp_path,
+           "--num_clips", 2)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["train_tokenizer", "train_lam", "train_dynamics", "sample", "generate_dataset", "preprocess_dataset"]
+)
+def test_help_explains_every_flag(name):
+    text = script(name, "--help").stdout
+    assert "--" in text
+    for line in text.replace("│", " ").splitlines():
+        assert "(required)" not in line
