@@ -29,12 +29,12 @@ def main(cfg: Config) -> None:
     root = Path(cfg.output_dir)
     data, tokenizer, lam, world = (str(root / name) for name in ("data", "tokenizer", "lam", "dynamics"))
     tiny = ["--preset", "tiny", "--data_dir", data]
+    parts = ["--tokenizer_checkpoint", tokenizer, "--lam_checkpoint", lam]
     stages = [
         f"generate_dataset.py --output_dir {data} --num_episodes {cfg.num_episodes} --policy sticky".split(),
         ["train_tokenizer.py", *tiny, "--ckpt_dir", tokenizer],
         ["train_lam.py", *tiny, "--ckpt_dir", lam],
-        ["train_dynamics.py", *tiny, "--ckpt_dir", world]
-        + ["--tokenizer_checkpoint", tokenizer, "--lam_checkpoint", lam],
+        ["train_dynamics.py", *tiny, "--ckpt_dir", world, *parts],
         ["sample.py", "--checkpoint", world, "--output_dir", str(root / "samples")],
         ["evaluate.py", "--checkpoint", world, "--data_dir", data, "--output_dir", str(root)],
     ]
