@@ -54,7 +54,7 @@ def test_a_record_round_trips():
     [b"", b"not msgpack", msgpack.packb({"a": 1}), msgpack.packb([1]), encode_clip(make_clip(0, 6))[:-50]],
 )
 def test_foreign_and_truncated_records_are_named(record):
-    with pytest.raises(InputError, match="clip 5.*damaged or foreign"):
+    with pytest.raises(InputError, match=r"clip 5.*damaged or foreign"):
         decode_clip(record, "clip 5")
 
 
@@ -105,7 +105,7 @@ def test_processes_share_the_same_global_batches(dataset):
     for batch, first, second in zip(whole, *shares, strict=True):
         np.testing.assert_array_equal(batch.frames_BTHWC[0::2], first.frames_BTHWC)
         np.testing.assert_array_equal(batch.frames_BTHWC[1::2], second.frames_BTHWC)
-    with pytest.raises(InputError, match="--batch_size 4.*3 processes"):
+    with pytest.raises(InputError, match=r"--batch_size 4.*3 processes"):
         batches(source, 4, seed=5, process_count=3)
 
 
@@ -114,11 +114,8 @@ def test_an_epoch_visits_every_clip_once_and_the_next_in_another_order(tmp_path)
     clips = [Clip(frames + i, f"{i}") for i in range(20)]
     shard = write_shard(tmp_path, "train/0.array_record", clips)
     write_metadata(tmp_path, Metadata("x", (4, 4, 3), 1.0, None, {"train": (shard,)}, {}))
-    seen = [
-        int(b.frames_BTHWC[i, 0, 0, 0, 0])
-        for b in take(batches(ClipSource(tmp_path, "train", 2), 4, 0), 10)
-        for i in range(4)
-    ]
+    stream = batches(ClipSource(tmp_path, "train", 2), 4, seed=0)
+    seen = [int(frame) for batch in take(stream, 10) for frame in batch.frames_BTHWC[:, 0, 0, 0, 0]]
     assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20))
     assert seen[:20] != seen[20:]
     assert seen[:20] != list(range(20))
@@ -150,6 +147,11 @@ def damaged(dataset, tmp_path, harm):
     shutil.copytree(dataset, copy)
     harm(copy)
     return copy
+
+
+def read_all(folder):
+    source = ClipSource(folder, "train", 6)
+    source.windows(range(len(source)), [0.0] * len(source))
 
 
 def truncate(path):
@@ -186,13 +188,12 @@ def edit_metadata(folder, **changes):
 def test_damage_is_named_in_one_line(dataset, tmp_path, harm, message):
     copy = damaged(dataset, tmp_path, harm)
     with pytest.raises(InputError, match=message) as error:
-        source = ClipSource(copy, "train", 6)
-        source.windows(range(len(source)), [0.0] * len(source))
+        read_all(copy)
     assert "\n" not in str(error.value)
 
 
 def test_too_long_sequences_are_named(dataset):
-    with pytest.raises(InputError, match="--seq_len 13: the longest clip.*12 frames"):
+    with pytest.raises(InputError, match=r"--seq_len 13: the longest clip.*12 frames"):
         ClipSource(dataset, "train", 13)
 
 
