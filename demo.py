@@ -21,7 +21,7 @@ class Config:
 
     output_dir: str = "runs/demo"
     """Where everything goes."""
-    num_episodes: int = 60
+    num_episodes: int = 100
     """Episodes of CoinRun."""
 
 

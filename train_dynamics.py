@@ -57,19 +57,19 @@ class Config(TrainConfig):
 PRESETS = {
     "coinrun": Config(),
     "tiny": Config(
-        model=DynamicsConfig(width=128, num_heads=4, num_blocks=4),
-        lam=LAMConfig(width=128, num_heads=4, num_blocks=2),
-        batch_size=8,
-        num_steps=500,
+        model=DynamicsConfig(width=128, num_heads=4, num_blocks=2, action_token="add"),
+        lam=LAMConfig(width=128, num_heads=4, num_blocks=1, patch_size=8),
+        batch_size=4,
+        num_steps=600,
         learning_rate=2e-3,
         final_learning_rate=0.0,
         warmup_steps=20,
-        decay_steps=250,
+        decay_steps=300,
         beta2=0.95,
-        val_batches=4,
-        log_interval=20,
-        val_interval=250,
-        checkpoint_interval=250,
+        val_batches=8,
+        log_interval=50,
+        val_interval=300,
+        checkpoint_interval=300,
     ),
     "bench": Config(
         model=DynamicsConfig(width=128, num_heads=4, num_blocks=6),
@@ -102,7 +102,7 @@ def loss_fn(world: World, inputs: Inputs, cfg: Config) -> tuple[jax.Array, tuple
         actions_BTm1 = world.infer_actions(frames)
     else:
         assert world.lam
-        out = world.lam(frames)
+        out = world.lam(frames, train=True)
         actions_BTm1 = out.actions_BTm1
         lam_loss = jnp.mean(jnp.square(out.next_frames_BTm1HWC - frames[:, 1:])) + cfg.commitment * out.commitment
         lam_arrays = (out.latents_BTm1L, out.actions_BTm1)

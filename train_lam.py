@@ -33,17 +33,19 @@ class Config(TrainConfig):
 PRESETS = {
     "coinrun": Config(),
     "tiny": Config(
-        model=LAMConfig(width=128, num_heads=4, num_blocks=2),
-        batch_size=8,
-        num_steps=500,
-        learning_rate=1e-3,
+        model=LAMConfig(width=128, num_heads=4, num_blocks=1, patch_size=8, codebook_decay=0.95),
+        batch_size=16,
+        seq_len=4,
+        num_steps=700,
+        learning_rate=1.5e-3,
         warmup_steps=20,
-        decay_steps=250,
+        decay_steps=350,
         beta2=0.95,
-        val_batches=4,
-        log_interval=20,
-        val_interval=250,
-        checkpoint_interval=250,
+        commitment=0.01,
+        val_batches=8,
+        log_interval=50,
+        val_interval=350,
+        checkpoint_interval=350,
     ),
     "bench": Config(
         model=LAMConfig(width=128, num_heads=4, num_blocks=4),
@@ -55,7 +57,7 @@ PRESETS = {
 def loss_fn(model: LAM, batch: Batch, cfg: Config) -> tuple[jax.Array, tuple]:
     """Mean squared error of each next frame, predicted from the past and the action, and commitment."""
     frames = batch.frames_BTHWC.astype(jnp.float32) / 255
-    out = model(frames)
+    out = model(frames, train=True)
     mse = jnp.mean(jnp.square(out.next_frames_BTm1HWC - frames[:, 1:]))
     metrics = {"mse": mse, "commitment": out.commitment}
     return mse + cfg.commitment * out.commitment, (metrics, (out.latents_BTm1L, out.actions_BTm1))

@@ -30,18 +30,21 @@ class Config(TrainConfig):
 
 PRESETS = {
     "coinrun": Config(),
+    # Short clips and one block each way: on a CPU many cheap steps teach more than few dear ones.
     "tiny": Config(
-        model=TokenizerConfig(width=128, num_heads=4, num_blocks=2, patch_size=8),
+        model=TokenizerConfig(width=128, num_heads=4, num_blocks=1, patch_size=8, codebook_decay=0.95),
         batch_size=8,
-        val_batches=4,
-        log_interval=20,
-        num_steps=500,
-        learning_rate=2e-3,
+        seq_len=4,
+        num_steps=1200,
+        learning_rate=1.5e-3,
         warmup_steps=20,
-        decay_steps=250,
+        decay_steps=800,
         beta2=0.95,
-        val_interval=250,
-        checkpoint_interval=250,
+        commitment=0.05,
+        val_batches=8,
+        log_interval=50,
+        val_interval=400,
+        checkpoint_interval=400,
     ),
     "bench": Config(
         model=TokenizerConfig(width=128, num_heads=4, num_blocks=4, patch_size=8),

@@ -60,21 +60,23 @@ class LAM(nnx.Module):
         self.cfg = cfg
         channels = cfg.patch_size**2 * cfg.frame_shape[2]
         N = num_patches(cfg.frame_shape, cfg.patch_size)
-        self.patch_in = linear(channels, cfg.width, compute, rngs, bias=True)
+        self.patch_in = linear(2 * channels, cfg.width, compute, rngs, bias=True)
         # Place 0 is the action token's, which stands beside the patches of every frame.
         self.encoder_position_Np1M = position_table(N + 1, cfg.width, rngs)
         self.encoder = STTransformer(cfg, compute, rngs)
         self.code_in = linear(cfg.width, cfg.code_width, compute, rngs)
-        self.vq = VectorQuantizer(cfg.num_codes, cfg.code_width, cfg.codebook_decay, cfg.reset_after, rngs)
+        self.vq = VectorQuantizer(
+            cfg.num_codes, cfg.code_width, cfg.codebook_decay, cfg.reset_after, rngs, centred=True
+        )
         self.code_out = linear(cfg.code_width, cfg.width, compute, rngs, bias=True)
         self.past_in = linear(channels, cfg.width, compute, rngs, bias=True)
-        self.decoder_position_Np1M = position_table(N + 1, cfg.width, rngs)
+        self.decoder_position_NM = position_table(N, cfg.width, rngs)
         self.decoder = STTransformer(cfg, compute, rngs)
         self.patch_out = linear(cfg.width, channels, compute, rngs, bias=True)
 
-    def __call__(self, frames_BTHWC: jax.Array) -> ActionReconstruction:
+    def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> ActionReconstruction:
         """Infers the actions of a clip in [0, 1] and predicts each next frame from them."""
-        quantized = self.vq(self._latents(frames_BTHWC))
+        quantized = self.vq(self._latents(frames_BTHWC), train)
         next_frames = self.predict(frames_BTHWC[:, :-1], quantized.vectors)
         return ActionReconstruction(next_frames, quantized.codes, quantized.latents, quantized.commitment)
 
@@ -86,13 +88,17 @@ class LAM(nnx.Module):
         """Frames 1 ... T - 1 from frames 0 ... T - 2 and the vectors of the actions between them."""
         patches_BTNP = patchify(past_BTm1HWC, self.cfg.patch_size)
         actions_BTm1L = actions_BTm1L * self.cfg.code_width**0.5
-        x = jnp.concatenate([self.code_out(actions_BTm1L)[:, :, None], self.past_in(2.0 * patches_BTNP - 1.0)], axis=2)
-        x = self.decoder(x + self.decoder_position_Np1M[...])[:, :, 1:]
+        # Added to every patch, as the paper does: as one token among many it would go unheard for thousands of steps.
+        x = self.past_in(2.0 * patches_BTNP - 1.0) + self.code_out(actions_BTm1L)[:, :, None]
+        x = self.decoder(x + self.decoder_position_NM[...])
         # The decoder says what changes: a copy of the last frame is where learning starts, not what it must learn.
         next_BTNP = patches_BTNP.astype(jnp.float32) + self.patch_out(x).astype(jnp.float32)
         return unpatchify(next_BTNP, self.cfg.patch_size, self.cfg.frame_shape)
 
     def _latents(self, frames_BTHWC: jax.Array) -> jax.Array:
-        x_BTNM = self.patch_in(2.0 * patchify(frames_BTHWC, self.cfg.patch_size) - 1.0)
+        # Each patch comes with its change since the last frame, so that motion can be seen before any attention.
+        patches_BTNP = patchify(frames_BTHWC, self.cfg.patch_size)
+        changes_BTNP = jnp.diff(patches_BTNP, axis=1, prepend=patches_BTNP[:, :1])
+        x_BTNM = self.patch_in(jnp.concatenate([2.0 * patches_BTNP - 1.0, 4.0 * changes_BTNP], axis=-1))
         x = jnp.pad(x_BTNM, ((0, 0), (0, 0), (1, 0), (0, 0))) + self.encoder_position_Np1M[...]
         return self.code_in(self.encoder(x)[:, 1:, 0])

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from models.errors import InputError
@@ -18,22 +19,40 @@ from models.genie import World
 from models.nn import KV
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("steps", "temperature"),
+    meta_fields=("order", "top_k", "top_p"),
+)
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the tokens of a frame are drawn (Chang et al. 2022). Defaults: Genie, Appendix F."""
+    """How the tokens of a frame are drawn (Chang et al. 2022). Defaults: Genie, Appendix F.
+
+    A pytree: `steps` and `temperature` may be traced, so that a change of them compiles nothing anew.
+    """
 
     steps: int = 25
     """MaskGIT steps per frame."""
     temperature: float = 1.0
     """Of the tokens' distribution; 0 takes the likeliest."""
-    order: Literal["confidence", "random"] = "confidence"
-    """Which tokens a step settles: the likeliest (with noise that fades over the steps), or random ones."""
+    order: Literal["confidence", "random", "halton"] = "confidence"
+    """Which tokens a step settles: the likeliest (with noise that fades over the steps), random ones, or such as lie
+    evenly spread over the frame (Besnier et al. 2025)."""
+    top_k: int = 0
+    """Draw among this many of a token's likeliest codes only; 0 for all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest codes whose probability, at temperature 1, adds up to this; 1 for all."""
 
     def __post_init__(self):
-        if self.steps < 1:
+        # What is traced cannot be looked at.
+        if isinstance(self.steps, int) and self.steps < 1:
             raise InputError(f"--steps {self.steps}: must be at least 1")
-        if self.temperature < 0:
-            raise InputError(f"--temperature {self.temperature}: must not be negative")
+        if isinstance(self.temperature, int | float) and not 0 <= self.temperature < float("inf"):
+            raise InputError(f"--temperature {self.temperature}: must be finite and not negative")
+        if self.top_k < 0:
+            raise InputError(f"--top_k {self.top_k}: must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top_p {self.top_p}: must be above 0 and at most 1")
 
 
 class RolloutState(NamedTuple):
@@ -84,7 +103,9 @@ def next_frame(
         out, _ = world.dynamics.run(tokens_BN[:, None], hidden_BN[:, None], action_B1, state.dynamics, state.frame)
         return out[:, 0]
 
-    tokens_BN = fill_tokens(logits, (len(action_B), world.cfg.dynamics.num_patches), key, cfg)
+    tokenizer = world.cfg.tokenizer
+    columns = -(-tokenizer.frame_shape[1] // tokenizer.patch_size)
+    tokens_BN = fill_tokens(logits, (len(action_B), world.cfg.dynamics.num_patches), key, cfg, columns)
     # Once more with all tokens in view: these keys and values are what later frames see.
     tokens_B1N = tokens_BN[:, None]
     _, dynamics = world.dynamics.run(
@@ -113,7 +134,7 @@ def rollout(
     return _rollout(*nnx.split(world), frames_BTHWC, actions_BS, key, cfg)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cfg"))
+@functools.partial(jax.jit, static_argnames="graphdef")
 def _rollout(graphdef, variables, frames_BTHWC, actions_BS, key, cfg):
     world = nnx.merge(graphdef, variables)
     T = frames_BTHWC.shape[1]
@@ -126,32 +147,40 @@ def _rollout(graphdef, variables, frames_BTHWC, actions_BS, key, cfg):
     return jax.lax.scan(play, state, actions_BS[:, T - 1 :].swapaxes(0, 1))[1].swapaxes(0, 1)
 
 
-def fill_tokens(logits_fn, shape: tuple[int, int], key: jax.Array, cfg: SamplingConfig) -> jax.Array:
+def fill_tokens(
+    logits_fn, shape: tuple[int, int], key: jax.Array, cfg: SamplingConfig, columns: int | None = None
+) -> jax.Array:
     """MaskGIT: starts with all tokens hidden and settles some in each step, on a cosine schedule.
 
     Args:
       logits_fn: From tokens (B, N) and a mask of the hidden ones to logits (B, N, K).
+      columns: Tokens in a row of the frame, for the Halton order; without it the frame is taken for a single row.
     Returns:
       Tokens (B, N), int32, all settled.
     """
-    N = shape[1]
+    B, N = shape
+    if cfg.order == "halton":
+        ranks_N = jnp.asarray(halton_ranks(N // (columns or N), columns or N))
+        # Each frame enters the sequence elsewhere. The steps take the keys 0 to steps - 1; this one is free.
+        start_B1 = jax.random.randint(jax.random.fold_in(key, cfg.steps), (B, 1), 0, N)
+        position_BN = (ranks_N - start_B1) % N
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tokens_BN, hidden_BN = carry
         token_key, order_key = jax.random.split(jax.random.fold_in(key, i))
         log_p = jax.nn.log_softmax(logits_fn(tokens_BN, hidden_BN))
-        if cfg.temperature == 0:
-            drawn_BN = jnp.argmax(log_p, axis=-1).astype(jnp.int32)
-        else:
-            drawn_BN = jax.random.categorical(token_key, log_p / cfg.temperature).astype(jnp.int32)
+        # The Gumbel trick: a draw from the distribution at this temperature, and the likeliest code at temperature 0.
+        noise = cfg.temperature * jax.random.gumbel(token_key, log_p.shape)
+        drawn_BN = jnp.argmax(restrict(log_p, cfg) + noise, axis=-1).astype(jnp.int32)
         tokens_BN = jnp.where(hidden_BN, drawn_BN, tokens_BN)
         done = (i + 1) / cfg.steps
-        noise_BN = jax.random.gumbel(order_key, shape)
-        if cfg.order == "random":
-            score_BN = noise_BN
+        if cfg.order == "halton":
+            score_BN = -position_BN.astype(jnp.float32)
+        elif cfg.order == "random":
+            score_BN = jax.random.gumbel(order_key, shape)
         else:
             confidence_BN = jnp.take_along_axis(log_p, tokens_BN[..., None], axis=-1)[..., 0]
-            score_BN = confidence_BN + cfg.temperature * (1 - done) * noise_BN
+            score_BN = confidence_BN + cfg.temperature * (1 - done) * jax.random.gumbel(order_key, shape)
         score_BN = jnp.where(hidden_BN, score_BN, jnp.inf)
         # Settled tokens score infinity and stay; the lowest `still_hidden` are drawn again in the next step.
         still_hidden = jnp.floor(N * jnp.cos(jnp.pi / 2 * done)).astype(jnp.int32)
@@ -161,3 +190,45 @@ def fill_tokens(logits_fn, shape: tuple[int, int], key: jax.Array, cfg: Sampling
     carry = (jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool))
     # cos(pi / 2) is not quite zero in float32, but its product with N is far below one: the last step settles all.
     return jax.lax.fori_loop(0, cfg.steps, step, carry)[0]
+
+
+def restrict(log_p_BNK: jax.Array, cfg: SamplingConfig) -> jax.Array:
+    """Sets the log-probabilities of codes beyond `top_k` and `top_p` to -inf; the likeliest code always stays."""
+    if cfg.top_k:
+        least = jax.lax.top_k(log_p_BNK, min(cfg.top_k, log_p_BNK.shape[-1]))[0][..., -1:]
+        log_p_BNK = jnp.where(log_p_BNK < least, -jnp.inf, log_p_BNK)
+    if cfg.top_p < 1:
+        sorted_BNK = jnp.sort(log_p_BNK, axis=-1, descending=True)
+        p_BNK = jax.nn.softmax(sorted_BNK)
+        likelier_BNK = jnp.cumsum(p_BNK, axis=-1) - p_BNK
+        least = jnp.min(jnp.where(likelier_BNK < cfg.top_p, sorted_BNK, jnp.inf), axis=-1, keepdims=True)
+        log_p_BNK = jnp.where(log_p_BNK < least, -jnp.inf, log_p_BNK)
+    return log_p_BNK
+
+
+@functools.cache
+def halton_ranks(rows: int, columns: int) -> np.ndarray:
+    """When each token of a frame settles in the Halton order: ranks from 0 to N - 1, (N,) int32, row by row.
+
+    The sequence of bases 2 and 3 visits points of the unit square such that any stretch of it is evenly spread; the
+    order is that in which it first meets each token.
+    """
+    order: dict[int, None] = {}  # of tokens, as they are met
+    point = 1
+    while len(order) < rows * columns:
+        row, column = int(_radical_inverse(point, 2) * rows), int(_radical_inverse(point, 3) * columns)
+        order.setdefault(row * columns + column)
+        point += 1
+    ranks_N = np.empty(rows * columns, np.int32)
+    ranks_N[list(order)] = np.arange(rows * columns)
+    return ranks_N
+
+
+def _radical_inverse(i: int, base: int) -> float:
+    """Digits of i mirrored at the point: a number in [0, 1)."""
+    value, weight = 0.0, 1.0
+    while i:
+        weight /= base
+        value += weight * (i % base)
+        i //= base
+    return value

@@ -11,7 +11,7 @@ from models.errors import InputError
 from models.genie import World, WorldConfig
 from models.lam import LAMConfig
 from models.nn import Compute
-from models.sampling import SamplingConfig, fill_tokens, next_frame, rollout, start_rollout
+from models.sampling import SamplingConfig, fill_tokens, halton_ranks, next_frame, restrict, rollout, start_rollout
 from models.tokenizer import TokenizerConfig
 
 SIZE = {"width": 16, "num_heads": 2, "num_blocks": 2}
@@ -43,13 +43,20 @@ def plain_rollout(world, frames, actions, key, cfg):
             hidden = jnp.concatenate([jnp.zeros_like(tokens, bool), hidden_BN[:, None]], axis=1)
             return world.dynamics(clip, hidden, led_by)[:, -1]
 
-        new = fill_tokens(logits, (len(tokens), tokens.shape[2]), jax.random.fold_in(key, t), cfg)
+        new = fill_tokens(logits, (len(tokens), tokens.shape[2]), jax.random.fold_in(key, t), cfg, columns=2)
         tokens = jnp.concatenate([tokens, new[:, None]], axis=1)
     return jnp.clip(world.tokenizer.decode(tokens)[:, frames.shape[1] :], 0, 1)
 
 
 @pytest.mark.parametrize("prompt", [1, 3])
-@pytest.mark.parametrize("cfg", [SamplingConfig(steps=3), SamplingConfig(steps=2, temperature=0.0, order="random")])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        SamplingConfig(steps=3),
+        SamplingConfig(steps=2, temperature=0.0, order="random"),
+        SamplingConfig(steps=3, order="halton", top_k=8, top_p=0.9),
+    ],
+)
 def test_cached_rollout_equals_the_plain_one(world, prompt, cfg):
     key = jax.random.key(7)
     cached = rollout(world, FRAMES[:, :prompt], ACTIONS, key, cfg)
@@ -91,7 +98,7 @@ def test_prompts_longer_than_the_window_count_by_their_end(world):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("order", ["confidence", "random"])
+@pytest.mark.parametrize("order", ["confidence", "random", "halton"])
 @pytest.mark.parametrize("steps", [1, 4, 25])
 def test_every_token_is_filled_once_on_a_cosine_schedule(order, steps):
     """The model insists on token 3 in step 0, 4 in step 1, and so on: what stands at the end tells when it was set."""
@@ -134,8 +141,88 @@ def test_temperature_zero_is_deterministic_and_one_is_not(world):
     assert jnp.abs(draw(0, warm) - draw(1, warm)).max() > 0
 
 
+def test_steps_and_temperature_may_be_traced(world):
+    """One program serves all of them, also different ones in one batch, and draws what a fixed one draws."""
+    state = start_rollout(world, FRAMES[:1, :1], ACTIONS[:1, :0])
+    draw = lambda cfg, key: next_frame(world, state, jnp.array([1]), key, cfg)[0]
+    many = jax.jit(jax.vmap(draw))
+    cfgs = [SamplingConfig(1, 0.0), SamplingConfig(4, 1.0), SamplingConfig(3, 0.5)]
+    keys = jax.random.split(jax.random.key(3), 3)
+    together = many(jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *cfgs), keys)
+    one = jax.jit(draw)
+    apart = [one(cfg, key) for cfg, key in zip(cfgs, keys, strict=True)]
+    np.testing.assert_allclose(together, jnp.stack(apart), atol=1e-4)
+    assert one._cache_size() == 1
+
+
+def settle(cfg, logits_K, N=512):
+    """Tokens that all have the same distribution, each drawn once."""
+    logits = lambda tokens, hidden: jnp.broadcast_to(logits_K, (1, N, len(logits_K)))
+    return np.asarray(fill_tokens(logits, (1, N), jax.random.key(0), cfg))[0]
+
+
+def test_draws_follow_the_temperature():
+    p = np.array([0.6, 0.3, 0.1])
+    for temperature in (1.0, 0.5):
+        tokens = settle(SamplingConfig(steps=1, temperature=temperature), jnp.log(p), N=4096)
+        expected = p ** (1 / temperature) / np.sum(p ** (1 / temperature))
+        np.testing.assert_allclose(np.bincount(tokens, minlength=3) / 4096, expected, atol=0.03)
+
+
+@pytest.mark.parametrize("order", ["confidence", "random", "halton"])
+def test_temperature_zero_takes_the_likeliest(order):
+    tokens = settle(SamplingConfig(steps=3, temperature=0.0, order=order), jnp.array([0.0, 0.2, 0.1]))
+    assert set(tokens) == {1}
+
+
+def test_top_k_draws_the_likeliest_codes_only():
+    logits = jnp.array([0.1, 0.5, 0.2, 0.4, 0.3])
+    assert set(settle(SamplingConfig(steps=1, top_k=2), logits)) == {1, 3}
+    assert set(settle(SamplingConfig(steps=1, top_k=1), logits)) == {1}
+    assert set(settle(SamplingConfig(steps=1, top_k=9), logits)) == set(range(5))
+
+
+def test_top_p_draws_the_fewest_codes_that_make_up_the_probability():
+    logits = jnp.log(jnp.array([0.05, 0.5, 0.15, 0.3]))
+    assert set(settle(SamplingConfig(steps=1, top_p=0.75), logits)) == {1, 3}
+    assert set(settle(SamplingConfig(steps=1, top_p=0.9), logits)) == {1, 2, 3}
+    assert set(settle(SamplingConfig(steps=1, top_p=1e-6), logits)) == {1}
+    # What top_k leaves is made a distribution again: 0.5 of 0.8 is not yet 0.7.
+    kept = np.isfinite(restrict(logits, SamplingConfig(top_k=2, top_p=0.7)))
+    np.testing.assert_array_equal(kept, [False, True, False, True])
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (5, 7), (1, 6)])
+def test_halton_ranks_are_an_order_of_all_tokens(grid):
+    np.testing.assert_array_equal(np.sort(halton_ranks(*grid)), np.arange(grid[0] * grid[1]))
+
+
+def test_halton_order_spreads_settled_tokens_evenly():
+    """When half the tokens are settled, each quarter of the frame has about half of its own: closer than by chance."""
+
+    def variance(order):
+        seen = []
+
+        def logits(tokens, hidden):
+            seen.append(np.asarray(hidden))
+            return jnp.zeros((64, 64, 4))
+
+        with jax.disable_jit():
+            fill_tokens(logits, (64, 64), jax.random.key(0), SamplingConfig(steps=3, order=order), columns=8)
+        settled = ~seen[2]
+        assert len({row.tobytes() for row in settled}) > 16, "not all rollouts begin at the same token"
+        return settled.reshape(64, 2, 4, 2, 4).sum((2, 4)).var()
+
+    assert variance("halton") < variance("random") / 2
+
+
 def test_bad_settings_are_named():
-    with pytest.raises(InputError, match="--steps 0"):
-        SamplingConfig(steps=0)
-    with pytest.raises(InputError, match="--temperature -1"):
-        SamplingConfig(temperature=-1)
+    for flags, message in (
+        ({"steps": 0}, "--steps 0"),
+        ({"temperature": -1}, "--temperature -1"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"top_k": -1}, "--top_k -1"),
+        ({"top_p": 0.0}, "--top_p 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SamplingConfig(**flags)

@@ -284,7 +284,7 @@ def _memory(compiled: Any, seconds: float) -> str:
         "activations": sizes.temp_size_in_bytes,
         "offloaded": sizes.host_temp_size_in_bytes,
     }
-    text = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in kinds.items())
+    text = ", ".join(f"{name} {size / 2**20:,.2f} MiB" for name, size in kinds.items())
     return f"step compiled in {seconds:.1f} s; memory per device: {text}"
 
 

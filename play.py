@@ -1,0 +1,189 @@
+"""Opens a page in which a person plays a learned world.
+
+    python play.py --checkpoint runs/dynamics
+    python play.py --checkpoint runs/a --checkpoint runs/b     # two worlds side by side, under the same keys
+
+The page asks for each frame over a WebSocket, so a slow browser or network makes the game slower and nothing piles
+up. Of requests that come faster than frames, the latest counts.
+"""
+
+import asyncio
+import dataclasses
+import os
+import socket
+import sys
+import webbrowser
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+from aiohttp import WSCloseCode, web
+
+from models.errors import InputError
+from models.genie import load_world, read_config
+from models.nn import Compute
+from models.sampling import SamplingConfig
+from utils.cli import run
+from utils.data import ClipSource
+from utils.game import MAX_STEPS, Game, read_actions
+from utils.serving import LOOPBACK, Engine, guard
+
+SECURITY = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Serves a web page in which to play a world, or to compare two of them."""
+
+    checkpoint: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """--ckpt_dir of the world's training; give the flag twice to compare two. Default: runs/dynamics."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets others on the network play."""
+    port: int = 8000
+    """0 takes any free one."""
+    open: bool = True
+    """Open the page in the browser."""
+    max_players: int = 4
+    """Pages that may play at a time; they share the device."""
+    data_dir: str = ""
+    """Dataset of the frames to start from; default: the one that the first world was trained on."""
+    split: str = "val"
+    """Its split: train, val or test."""
+    steps: int = 0
+    """MaskGIT steps per frame that the page starts with; 0 takes 8 on a CPU, else 25."""
+    temperature: float = 1.0
+    """Of the tokens' distribution, that the page starts with."""
+    order: Literal["confidence", "random", "halton"] = "confidence"
+    """Which tokens a step settles; see sample.py."""
+    top_k: int = 0
+    """Draw among this many of a token's likeliest codes only; 0 for all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest codes whose probability adds up to this; 1 for all."""
+    seed: int = 0
+    """That the page starts with, and of the choice of frames to start from."""
+    fps: float = 0.0
+    """Frames per second that the page aims at; 0 takes the dataset's."""
+    dtype: str = "auto"
+    """float32 or bfloat16; auto takes bfloat16 on a GPU."""
+    compile_cache: str = "~/.cache/jafar"
+    """Folder of compiled programs, for quick restarts; empty for none."""
+
+    def __post_init__(self):
+        if len(self.checkpoint) > 2:
+            raise InputError(f"--checkpoint: {len(self.checkpoint)} worlds given; at most two can be compared")
+        if self.max_players < 1:
+            raise InputError(f"--max_players {self.max_players}: must be at least 1")
+        if not 0 <= self.steps <= MAX_STEPS:
+            raise InputError(f"--steps {self.steps}: must be from 1 to {MAX_STEPS}, or 0 for the device's default")
+        if self.fps < 0 or not 0 <= self.seed < 2**31:
+            raise InputError(f"--fps {self.fps}, --seed {self.seed}: must not be negative (the seed below 2**31)")
+
+
+def load_game(cfg: Config) -> Game:
+    """Loads the worlds, compiles them, and finds frames to start from."""
+    names = cfg.checkpoint or ("runs/dynamics",)
+    on_cpu = jax.default_backend() == "cpu"
+    dtype: Any = ("float32" if on_cpu else "bfloat16") if cfg.dtype == "auto" else cfg.dtype
+    steps = cfg.steps or (8 if on_cpu else 25)
+    sampling = SamplingConfig(steps, cfg.temperature, cfg.order, cfg.top_k, cfg.top_p)
+    # A CPU gains little from a batch: taking turns, each frame is ready as soon as it can be.
+    width = 1 if on_cpu else cfg.max_players
+    thread = ThreadPoolExecutor(1, "device")
+    engines = [Engine(load_world(name, Compute(dtype=dtype)), width, thread) for name in names]
+    source, message = open_dataset(cfg, cfg.data_dir or read_config(names[0])["train"]["data_dir"])
+    metadata = source.metadata if source else None
+    true_names = metadata.action_names if metadata else None
+    actions = [
+        read_actions(name, engine.num_actions, true_names if engine.cfg.lam is None else None)
+        for name, engine in zip(names, engines, strict=True)
+    ]
+    print("compiling...", flush=True)
+    for engine in engines:
+        engine.warm_up(sampling)
+    fps = cfg.fps or (metadata.fps if metadata else 10.0)
+    return Game(names, engines, actions, sampling, source, message, fps, cfg.seed, cfg.max_players)
+
+
+def open_dataset(cfg: Config, folder: str) -> tuple[ClipSource | None, str]:
+    """The clips to start from; or None, if the world's own dataset has gone, and what to tell the player."""
+    try:
+        return ClipSource(folder, cfg.split, 1), ""
+    except InputError as error:
+        if cfg.data_dir:
+            raise
+        print(f"warning: no frames to start from: {error}", file=sys.stderr)
+        return None, f"The world's dataset is not in {folder}. Upload a picture, or start with --data_dir."
+
+
+def build_app(game: Game, loopback: bool = True) -> web.Application:
+    """The server: the page at /, its WebSocket at /socket, and /status, which tells how many play."""
+
+    async def page(request: web.Request) -> web.Response:
+        text = (Path(__file__).parent / "play.html").read_text(encoding="utf-8")
+        return web.Response(text=text, content_type="text/html", headers=SECURITY)
+
+    async def status(request: web.Request) -> web.Response:
+        return web.json_response({"players": len(game.players), "max_players": game.max_players})
+
+    async def engines(app: web.Application) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(engine.serve()) for engine in game.engines]
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def leave(app: web.Application) -> None:
+        await asyncio.gather(*(p.socket.close(code=WSCloseCode.GOING_AWAY) for p in set(game.players)))
+
+    app = web.Application(middlewares=[guard(loopback)])
+    app.add_routes([web.get("/", page), web.get("/socket", game.welcome), web.get("/status", status)])
+    app.cleanup_ctx.append(engines)
+    app.on_shutdown.append(leave)
+    return app
+
+
+async def serve(cfg: Config, game: Game) -> None:
+    """Listens until it is interrupted."""
+    runner = web.AppRunner(build_app(game, cfg.host in LOOPBACK), access_log=None, shutdown_timeout=2)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, cfg.host, cfg.port).start()
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(cfg.host, cfg.host)
+        url = f"http://{host}:{runner.addresses[0][1]}/"
+        print(f"play at {url} (Ctrl-C ends)", flush=True)
+        if cfg.host not in LOOPBACK:
+            print("whoever can reach this machine can play, at its address and this port", flush=True)
+        # Without a desktop, a text browser would take over the terminal.
+        desktop = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+        if cfg.open and desktop:
+            await asyncio.to_thread(webbrowser.open, url)
+        await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
+
+
+def main(cfg: Config) -> None:
+    if cfg.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cfg.compile_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    try:  # before the time that loading takes
+        family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
+        socket.create_server((cfg.host, cfg.port), family=family).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"--host {cfg.host} --port {cfg.port}: cannot be listened on ({error}); --port 0 takes any free port"
+        ) from error
+    asyncio.run(serve(cfg, load_game(cfg)))
+
+
+if __name__ == "__main__":
+    run(main, Config)

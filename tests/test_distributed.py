@@ -1,0 +1,209 @@
+"""Other hardware: devices and processes come and go, the curve stays. On fake CPU devices and real processes (gloo)."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from models.genie import checkpoint_steps
+from tests.conftest import CACHE, LAM, ROOT, SMALL, TOKENIZER, script
+from tests.test_train import assert_same, flags, lines, losses, stored
+
+
+def assert_close(a, b):
+    """Losses agree to float tolerance."""
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-3)
+
+
+def model_of(kind, trained):
+    """Script and model flags of a training, as in the fixture `trained`."""
+    if kind == "world":
+        parts = ["--tokenizer_checkpoint", trained["tokenizer"], "--lam_checkpoint", trained["lam"]]
+        return "train_dynamics", [*SMALL, *parts]
+    return f"train_{kind}", TOKENIZER if kind == "tokenizer" else LAM
+
+
+@pytest.fixture
+def half(trained, tmp_path):
+    """Copies of the trained folders that stand at step 3 of 6."""
+
+    def copy(kind, name=""):
+        folder = tmp_path / (name or kind)
+        shutil.copytree(trained[kind], folder)
+        shutil.rmtree(folder / "6")
+        return folder
+
+    return copy
+
+
+@pytest.mark.parametrize("fsdp", [1, 4, 8])
+def test_resume_on_eight_devices_and_back_on_one(fsdp, half, trained, dataset):
+    name, model = model_of("tokenizer", trained)
+    folder = half("tokenizer")
+    script(name, *model, *flags(dataset, folder), "--num_steps", 5, "--fsdp", fsdp, devices=8)
+    script(name, *model, *flags(dataset, folder), "--num_steps", 6, devices=1)
+    # The learning rate depends on num_steps: compare up to where both runs were meant for the same number.
+    assert_close(
+        {s: v for s, v in losses(folder).items() if s < 5}, {s: losses(trained["tokenizer"])[s] for s in range(1, 5)}
+    )
+    assert checkpoint_steps(folder)[-1] == 6
+
+
+def test_fsdp_equals_ddp_and_shrinks_each_device(half, trained, dataset, tmp_path):
+    name, model = model_of("tokenizer", trained)
+    sizes, curves = {}, {}
+    for fsdp in (1, 8):
+        folder = tmp_path / f"fsdp{fsdp}"
+        done = script(
+            name, *model, *flags(dataset, folder), "--model.width", 64, "--num_steps", 3, "--fsdp", fsdp, devices=8
+        )
+        line = next(text for text in done.stdout.splitlines() if "memory per device" in text)
+        sizes[fsdp] = float(line.split("state ")[1].split(" MiB")[0].replace(",", ""))
+        curves[fsdp] = losses(folder)
+    assert_close(curves[1], curves[8])
+    assert sizes[8] < sizes[1] / 4
+
+
+def test_a_world_resumes_sharded(half, trained, dataset):
+    name, model = model_of("world", trained)
+    folder = half("world")
+    script(name, *model, *flags(dataset, folder), "--fsdp", 2, devices=4)
+    assert_close(losses(folder), losses(trained["world"]))
+    frozen = {n: v for n, v in stored(folder, 6).items() if not n.startswith("['dynamics']")}
+    assert_same(frozen, {n: v for n, v in stored(trained["world"], 6).items() if not n.startswith("['dynamics']")})
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "world"])
+def test_gradient_accumulation_equals_the_large_batch(kind, trained, dataset, tmp_path):
+    name, model = model_of(kind, trained)
+    script(name, *model, *flags(dataset, tmp_path), "--grad_accum", 4)
+    assert_close(losses(tmp_path), losses(trained[kind]))
+    one, many = stored(trained[kind], 6), stored(tmp_path, 6)
+    for path, value in one.items():
+        if "kernel" in path:
+            np.testing.assert_allclose(many[path], value, atol=2e-3, err_msg=path)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def two_processes(name, *given):
+    """Runs a script as two processes that talk over gloo."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "XLA_FLAGS": ""}
+    meet = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", "2", "--process_id"]
+    commands = [[sys.executable, f"{name}.py", *map(str, given), *meet, str(i)] for i in range(2)]
+    processes = [
+        subprocess.Popen(c, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for c in commands
+    ]
+    outputs = [p.communicate(timeout=300)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
+    return outputs
+
+
+def test_two_processes_resume_one_and_one_resumes_two(half, trained, dataset):
+    name, model = model_of("tokenizer", trained)
+    folder = half("tokenizer")
+    outputs = two_processes(name, *model, *flags(dataset, folder))
+    assert "2 cpu in 2 process(es)" in outputs[0]
+    assert "step 4/6" not in outputs[1]  # the first process alone reports
+    assert_close(losses(folder), losses(trained["tokenizer"]))
+    shutil.rmtree(folder / "3")
+    script(name, *model, *flags(dataset, folder), "--num_steps", 8)
+    assert sorted(losses(folder)) == list(range(1, 9))
+
+
+def kill_at_random_moments(command, folder, kills, rng):
+    """Starts a training again and again, each time with SIGKILL after a random while, then lets it finish."""
+    for _ in range(kills):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(checkpoint_steps(folder)) if folder.exists() else 0
+        # Often just when a checkpoint is being written, else anywhere.
+        if rng.random() < 0.5:
+            deadline = time.monotonic() + 40
+            while time.monotonic() < deadline and process.poll() is None:
+                if folder.exists() and (
+                    any("tmp" in p.name for p in folder.iterdir()) or len(checkpoint_steps(folder)) > before
+                ):
+                    break
+                time.sleep(0.001)
+        else:
+            time.sleep(rng.uniform(2, 12))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_like_an_unkilled_one(kills, trained, dataset, tmp_path):
+    name, model = model_of("tokenizer", trained)
+    steps = ["--num_steps", 60, "--checkpoint_interval", 3, "--val_interval", 30]
+    script(name, *model, *flags(dataset, tmp_path / "calm"), *steps)
+    command = [sys.executable, f"{name}.py", *model, *flags(dataset, tmp_path / "killed"), *steps]
+    kill_at_random_moments([str(word) for word in command], tmp_path / "killed", kills, random.Random(kills))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
+    for item in ("model", "optimizer"):
+        assert_same(stored(tmp_path / "killed", 60, item), stored(tmp_path / "calm", 60, item))
+
+
+def test_retention_keeps_latest_every_and_best(trained, dataset, tmp_path):
+    name, model = model_of("tokenizer", trained)
+    keep = ["--keep_latest", 1, "--keep_every", 4, "--keep_best", "val_psnr", "--val_interval", 1, "--num_steps", 7]
+    script(name, *model, *flags(dataset, tmp_path), "--checkpoint_interval", 1, *keep)
+    scores = {line["step"]: line["val_psnr"] for line in lines(tmp_path) if "val_psnr" in line}
+    assert checkpoint_steps(tmp_path) == sorted({4, 7, max(scores, key=scores.get)})
+
+
+def test_a_moving_average_is_saved_and_sampled_from(trained, dataset, tmp_path):
+    from models.genie import load_tokenizer
+
+    name, model = model_of("tokenizer", trained)
+    script(name, *model, *flags(dataset, tmp_path), "--num_steps", 3, "--ema_decay", 0.5)
+    average, last = stored(tmp_path, 3, "ema"), stored(tmp_path, 3)
+    kernel = "['patch_in']['kernel']"
+    assert np.any(average[kernel] != last[kernel])
+    np.testing.assert_array_equal(load_tokenizer(tmp_path).patch_in.kernel[...], average[kernel])
+    script(name, *model, *flags(dataset, tmp_path), "--num_steps", 5, "--ema_decay", 0.5)
+
+
+def test_a_failed_save_names_the_last_good_checkpoint(half, trained, dataset):
+    """The folder vanishes under the running training."""
+    name, model = model_of("tokenizer", trained)
+    folder = half("tokenizer")
+    (folder / "6").write_text("in the way")  # a file where the next checkpoint should go
+    done = script(name, *model, *flags(dataset, folder), check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"the last good checkpoint is {folder}/3" in done.stderr
+    (folder / "6").unlink()
+    script(name, *model, *flags(dataset, folder))
+    assert_same(stored(folder, 6), stored(trained["tokenizer"], 6))
+
+
+def test_harmless_flags_may_change_on_resume(half, trained, dataset):
+    name, model = model_of("lam", trained)
+    folder = half("lam")
+    given = ["--tensorboard", "--log_gradients", "--num_workers", 1, "--keep_latest", 3, "--remat", "block"]
+    script(name, *model, *flags(dataset, folder), *given)
+    assert_close(losses(folder), losses(trained["lam"]))
+    assert list((folder / "tensorboard").glob("events*"))
+    assert any(
+        key.startswith("grad_norm/") for key in json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])
+    )
+
+
+def test_the_compile_cache_is_where_the_flag_says(trained):
+    assert list(CACHE.iterdir())

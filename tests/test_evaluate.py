@@ -1,0 +1,449 @@
+"""Every measure on cases with a known answer; evaluate.py as a whole."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import scipy
+from flax import nnx
+
+import evaluate
+from models.dynamics import DynamicsConfig
+from models.errors import InputError
+from models.genie import CONFIG_VERSION, World, WorldConfig
+from models.nn import Compute
+from models.sampling import SamplingConfig, rollout
+from models.tokenizer import TokenizerConfig
+from tests.conftest import CACHE, FRAME, make_dataset, script
+from utils import evaluation as ev
+from utils.data import ClipSource
+from utils.report import Chart, HeatMap, Line, Picture, Section, Table, svg_chart, ticks, write_report
+from utils.statistics import (
+    adjusted_mutual_information,
+    best_map,
+    contingency,
+    difference,
+    figure,
+    frechet_distance,
+    jackknife,
+)
+
+rng = np.random.default_rng(0)
+B, T, A = 6, 10, 3
+TRUTH = rng.integers(0, 256, (B, T, *FRAME)).astype(np.uint8)
+ACTIONS = rng.integers(0, A, (B, T - 1))
+compare = ev.frame_metrics(None)
+
+
+def world_config(window: int = 6) -> WorldConfig:
+    size = {"width": 16, "num_heads": 2, "num_blocks": 1}
+    return WorldConfig(
+        TokenizerConfig(**size, patch_size=4, num_codes=16, code_width=4, frame_shape=FRAME),
+        None,
+        DynamicsConfig(**size, num_codes=16, num_patches=16, num_actions=2),
+        window=window,
+    )
+
+
+# Statistics
+
+
+def test_intervals_are_students():
+    values = rng.standard_normal(12)
+    low, high = scipy.stats.t.interval(0.95, 11, values.mean(), scipy.stats.sem(values))
+    np.testing.assert_allclose(figure([*values, np.nan]), (values.mean(), low, high, 12))
+    assert math.isnan(figure([1.0]).low)
+    assert figure([]).n == 0
+
+
+def test_the_jackknife_of_a_mean_is_its_interval():
+    values = rng.standard_normal(15)
+    np.testing.assert_allclose(jackknife(lambda x: float(x.mean()), values), figure(values))
+
+
+def test_paired_differences_are_sharper():
+    common, step = rng.standard_normal(40) * 10, rng.standard_normal(40) * 0.1 + 1
+    a, b = figure(common), figure(common + step)
+    paired, apart = difference(a, b, (common, common + step)), difference(a, b)
+    assert paired.low > 0.9
+    assert apart.low < 0 < apart.high
+    np.testing.assert_allclose(paired.mean, apart.mean)
+
+
+def test_mutual_information_equals_scikit_learns():
+    a = [1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3]
+    b = [1, 1, 1, 1, 2, 1, 2, 2, 2, 2, 3, 1, 3, 3, 3, 2, 2]
+    np.testing.assert_allclose(adjusted_mutual_information(contingency(a, b, 4, 4)), 0.2782096465726981)
+    draw = np.random.default_rng(0)
+    x = draw.integers(0, 6, 500)
+    y = np.where(draw.random(500) < 0.5, x, draw.integers(0, 4, 500))
+    np.testing.assert_allclose(adjusted_mutual_information(contingency(x, y, 6, 6)), 0.3070746550001097)
+    np.testing.assert_allclose(adjusted_mutual_information(contingency(x, (x + 2) % 6, 6, 6)), 1.0)
+    shuffled = [adjusted_mutual_information(contingency(x, draw.permutation(y), 6, 6)) for _ in range(20)]
+    assert abs(np.mean(shuffled)) < 0.005
+    assert adjusted_mutual_information(np.array([[3, 4]])) == 0.0
+
+
+@pytest.mark.parametrize("n", [5, 50])
+def test_frechet_distance_equals_the_textbooks(n):
+    """With roots of covariances, with fewer and with more samples than the 8 features."""
+    a, b = rng.standard_normal((n, 8)), rng.standard_normal((n + 2, 8)) * 2 + 1
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    root = scipy.linalg.sqrtm(scipy.linalg.sqrtm(cov_a) @ cov_b @ scipy.linalg.sqrtm(cov_a)).real
+    expected = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(cov_a + cov_b - 2 * root)
+    np.testing.assert_allclose(frechet_distance(a, b), expected, rtol=1e-3)
+    np.testing.assert_allclose(frechet_distance(a, a), 0, atol=1e-9)
+    np.testing.assert_allclose(frechet_distance(a, a + 3), 8 * 9)
+    assert math.isnan(frechet_distance(a[:1], b))
+
+
+def test_the_best_map_takes_the_majority_and_falls_back():
+    np.testing.assert_array_equal(best_map(np.array([0, 0, 0, 2]), np.array([1, 1, 0, 0]), 4, 2), [1, 0, 0, 0])
+
+
+# Frames
+
+
+def test_frame_metrics_on_known_pairs():
+    draw = np.random.default_rng(1)
+    a = draw.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    b = np.clip(a.astype(int) + draw.integers(-40, 41, a.shape), 0, 255).astype(np.uint8)
+    found = compare(a[None, None], b[None, None])
+    # scikit-image with Wang's window: gaussian_weights, sigma 1.5, use_sample_covariance False.
+    np.testing.assert_allclose(found["psnr"], 20.99926561, rtol=1e-5)
+    np.testing.assert_allclose(found["ssim"], 0.95316053, atol=1e-4)
+    np.testing.assert_allclose(found["l1"], 0.07648974, rtol=1e-5)
+    same = compare(TRUTH, TRUTH)
+    np.testing.assert_allclose(
+        [same["psnr"], same["ssim"], 1 - same["l1"]], np.ones((3, B, T)) * [[[60]], [[1]], [[1]]]
+    )
+
+
+def test_noise_and_shifts_score_below_the_truth():
+    smooth = np.linspace(0, 255, 16).astype(np.uint8)[None, None, None, :, None] * np.ones((2, 3, 16, 1, 3), np.uint8)
+    shifted = compare(np.roll(smooth, 1, axis=3), smooth)
+    noise = compare(TRUTH[:2, :3], smooth)
+    for name in ("psnr", "ssim"):
+        assert np.all(noise[name] < shifted[name])
+    assert np.all(shifted["psnr"] < 60)
+
+
+def test_joining_batches_changes_nothing():
+    fn = lambda x, y: {"sum": x + y, "pair": (x,)}
+    x, y = np.arange(7.0), np.ones(7)
+    for size in (1, 3, 7, 10):
+        out = ev.in_batches(fn, size, x, y)
+        np.testing.assert_array_equal(out["sum"], x + 1)
+        np.testing.assert_array_equal(out["pair"][0], x)
+
+
+# Clips
+
+
+def test_clips_are_fixed_apart_and_spread(dataset):
+    source = ClipSource(dataset, "val", 6)
+    clips = ev.choose_clips(source, 20, seed=3)
+    again = ev.choose_clips(source, 7, seed=3)
+    np.testing.assert_array_equal(clips.frames_BTHWC[:7], again.frames_BTHWC)
+    np.testing.assert_array_equal(clips.actions_BT[:7], again.actions_BT)
+    assert (ev.choose_clips(source, 7, seed=4).frames_BTHWC != again.frames_BTHWC).any()
+    # 24 records: so many clips are from as many records, and the background tells which.
+    first = ev.choose_clips(source, 24, seed=0).frames_BTHWC
+    assert len(np.unique(first[:, 0, 0], axis=0)) == 24
+    # Records of 12 frames hold two windows, which do not overlap; there are no more than that.
+    everything = ev.choose_clips(source, 1000, seed=0).frames_BTHWC
+    assert len(everything) == sum(n // 6 for n in (6 + j % 7 for j in range(24)))
+    frames = everything.reshape(-1, *FRAME)
+    assert ev.digest(everything) == ev.digest(everything.copy()) != ev.digest(frames[1:])
+
+
+# Rollouts
+
+
+def test_playing_equals_the_rollout_of_each_clip_alone():
+    """Whatever the batch: three clips in batches of two."""
+    world = World(world_config(), Compute(), nnx.Rngs(0))
+    cfg, frames, actions = SamplingConfig(steps=2), TRUTH[:3, :2], ACTIONS[:3, :8] % 2
+    played = ev.Player(world, cfg, 2, seed=5)(frames, actions)
+    for b in range(3):
+        key = jax.random.fold_in(jax.random.key(5), b)
+        single = rollout(world, jnp.asarray(frames[b : b + 1]) / 255, jnp.asarray(actions[b : b + 1]), key, cfg)
+        np.testing.assert_allclose(played[b].astype(int), np.asarray(single[0]) * 255, atol=1)
+
+
+def oracle(prompt, actions, numbers=None):
+    """Returns the truth wherever the actions so far are the clip's own, else noise."""
+    start = prompt.shape[1]
+    out = TRUTH[:, start : actions.shape[1] + 1].copy()
+    wrong = np.cumsum(actions != ACTIONS[:, : actions.shape[1]], axis=1)[:, start - 1 :] > 0
+    out[wrong] = np.random.default_rng(9).integers(0, 256, (wrong.sum(), *FRAME))
+    return out
+
+
+def ignorant(prompt, actions, numbers=None):
+    """Repeats the first frame, whatever is pressed."""
+    return np.repeat(prompt[:, :1], actions.shape[1] + 1 - prompt.shape[1], axis=1)
+
+
+def measured(play):
+    results = ev.Results()
+    reconstructed = compare(TRUTH // 2, TRUTH)
+    played = ev.measure_rollouts(results, play, compare, TRUTH, ACTIONS, reconstructed)
+    ev.measure_control(results, play, compare, TRUTH, ACTIONS, played[1], A, seed=0)
+    return results
+
+
+def test_an_oracle_scores_best_and_an_ignorant_world_has_no_control():
+    best, worst = measured(oracle).figures, measured(ignorant).figures
+    for prompt in ("", "_4"):
+        assert best[f"rollout{prompt}_psnr"].mean == pytest.approx(60)
+        assert best[f"rollout{prompt}_ssim"].mean == pytest.approx(1)
+        for line in ("copy_last_frame", "reconstruction"):
+            assert best[f"rollout{prompt}_psnr"].low > best[f"{line}{prompt}_psnr"].high
+    assert worst["rollout_psnr"] == worst["copy_last_frame_psnr"]
+    for t in (1, 4, 8):
+        assert best[f"delta_psnr_t{t}"].low > 0
+        assert worst[f"delta_psnr_t{t}"].mean == 0
+        assert worst[f"delta_psnr_t{t}"].low <= 0 <= worst[f"delta_psnr_t{t}"].high
+    assert best["delta_psnr_t1"].mean < best["delta_psnr_t8"].mean  # a wrong action is likelier the longer it takes
+
+
+def test_curves_have_the_horizons_and_lpips_is_not_zero_but_unknown():
+    results = measured(oracle)
+    metrics = results.to_json()
+    assert metrics["per_horizon"]["rollout_psnr"]["mean"] == [60.0] * (T - 1)
+    assert len(metrics["per_horizon"]["rollout_4_psnr"]["mean"]) == T - 4
+    assert metrics["rollout_lpips"] is None
+    by_action = metrics["delta_psnr_by_action"]["4"]
+    assert sum(entry["n"] for entry in by_action.values()) == B
+    json.dumps(metrics, allow_nan=False)
+
+
+# Latent actions and codes
+
+
+def meaning(latent, true, num_latent=4, names=("L", "R", "N")):
+    results = ev.Results()
+    ev.measure_meaning(results, latent, true, num_latent, names, seed=0)
+    return results
+
+
+def test_perfect_latent_actions_are_understood_and_shuffled_ones_are_not():
+    true = rng.integers(0, 3, (160, 15))
+    perfect = meaning((true + 1) % 4, true)
+    assert perfect.figures["latent_action_ami"].mean == pytest.approx(1)
+    for n in (50, 200, 1000):
+        assert perfect.figures[f"action_accuracy_{n}"].mean == pytest.approx(1)
+    noise = meaning(rng.permutation(true.reshape(-1)).reshape(true.shape), true)
+    assert abs(noise.figures["latent_action_ami"].mean) < 0.01
+    assert abs(noise.figures["action_accuracy_1000"].mean - 1 / 3) < 0.06
+    assert noise.figures["action_accuracy_majority"].n == 80
+    few = meaning(true[:8], true[:8])
+    assert math.isnan(few.details["latent_actions"]["accuracy"]["1000"].mean)
+    labels = ev.action_labels(perfect.details["latent_actions"]["table"], ["L", "R", "N"])
+    assert [label["name"] for label in labels] == ["", "L", "R", "N"]
+    assert [label["share"] for label in labels] == [0, 1, 1, 1]
+    assert sum(label["count"] for label in labels) == true.size
+
+
+def test_coinruns_equal_actions_are_merged():
+    from generate_dataset import ACTION_NAMES
+
+    names, merged = ev.merge_actions(ACTION_NAMES, "coinrun")
+    assert names == ["LEFT", "LEFT+UP", "NONE", "UP", "RIGHT", "RIGHT+UP"]
+    np.testing.assert_array_equal(merged, [0, 0, 1, 2, 2, 3, 4, 4, 5, 2, 2, 2, 2, 2, 2])
+    assert ev.merge_actions(ACTION_NAMES, "another")[0] == list(ACTION_NAMES)
+
+
+def test_codebooks_used_evenly_and_hardly():
+    results = ev.Results()
+    even = np.tile(np.arange(8), (5, 2, 3))
+    ev.measure_codes(results, "even", even, 8)
+    ev.measure_codes(results, "single", np.zeros((5, 2, 3), int), 8)
+    assert results.figures["even_codebook_usage"].mean == 1
+    assert results.figures["even_codebook_perplexity"].mean == pytest.approx(8)
+    assert results.figures["single_codebook_usage"].mean == 1 / 8
+    assert results.figures["single_codebook_perplexity"].mean == pytest.approx(1)
+    assert results.details["single_codebook"]["dead"] == 7
+
+
+def test_pictures_of_codes_are_their_mean_patches():
+    frames = np.zeros((1, 1, 4, 4, 3), np.uint8)
+    frames[..., 2:, :] = 200
+    frames[..., :2, :2, :] = 100
+    tokens, counts = np.array([[[0, 2, 0, 2]]]), np.array([2, 0, 2])
+    pictures = ev.code_pictures(frames, tokens, counts, 2)
+    assert pictures.shape == (2, 2, 2, 3)
+    assert (pictures[0] == 50).all()
+    assert (pictures[1] == 200).all()
+
+
+# Distribution and stability
+
+
+def test_distances_of_frames_rank_noise_above_real_clips():
+    from tests.test_perceptual import random_lpips
+
+    smooth = np.clip(TRUTH // 16 + np.linspace(0, 200, 16).astype(np.uint8)[:, None], 0, 255).astype(np.uint8)
+    results = ev.Results()
+    ev.measure_distribution(results, TRUTH[:3], smooth[:3], smooth[3:], None, random_lpips(), 2)
+    found = results.figures
+    assert found["frame_distance"].mean > 3 * found["frame_distance_floor"].mean > 0
+    assert math.isnan(found["fvd"].mean)
+    ev.measure_distribution(results, TRUTH[:1], TRUTH[:1], TRUTH[1:2], None, None, 2)
+    assert results.to_json()["frame_distance"] is None
+
+
+def test_stability_of_still_and_of_noisy_rollouts():
+    real = np.full((3, 4, 8, 8, 3), 100, np.uint8)
+    real[:, :, :, ::2] = 110
+    still, noisy = ev.Results(), ev.Results()
+    ev.measure_stability(still, real[:2].repeat(3, axis=1), real)
+    ev.measure_stability(noisy, rng.integers(128, 256, (2, 12, 8, 8, 3)).astype(np.uint8), real)
+    assert still.figures["long_rollout_unchanged"].mean == 1
+    assert still.figures["long_rollout_colour_distance"].mean == 0
+    assert still.figures["long_rollout_sharpness"].mean == still.figures["real_sharpness"].mean == pytest.approx(5)
+    assert noisy.figures["long_rollout_unchanged"].mean < 0.1
+    assert noisy.figures["long_rollout_colour_distance"].mean == pytest.approx(1)
+    assert noisy.figures["long_rollout_sharpness"].mean > 20
+    assert len(noisy.curves["long_rollout_sharpness"][1]) == 11
+
+
+# Reports
+
+
+def test_reports_hold_everything_and_escape(tmp_path):
+    line = Line("<a>", [1, 10, 100], [1.0, None, 3.0], [0.5, None, None], [1.5, None, None])
+    blocks = [
+        Table(["", "x"], [["<b>", "1"]]),
+        Chart("chart", "n", [line], log_x=True),
+        HeatMap("map", ["r"], ["c", "d"], np.array([[0.25, 0.75]])),
+        Picture("dot", np.zeros((2, 2, 3), np.uint8), "a dot"),
+    ]
+    write_report(tmp_path, "A & B", [Section("One", "text", blocks)])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == page.count("</svg>") == 2
+    assert "data:image/png;base64," in page
+    assert "<b>" not in page
+    assert "nan" not in page
+    assert "http" not in page
+    assert "![a dot](pictures/dot.png)" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "pictures" / "dot.png").is_file()
+
+
+def test_charts_survive_odd_values():
+    assert svg_chart(Chart("empty", "x", [Line("a", [1], [None])])) == ""
+    assert "<circle" in svg_chart(Chart("point", "x", [Line("a", [3], [2.0])]))
+    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(-3, 47) == [0, 10, 20, 30, 40]
+
+
+# The script
+
+
+def config(checkpoint, dataset, output, **changes):
+    few = {"steps": 2, "num_clips": 5, "long_frames": 8, "batch_size": 4, "compile_cache": str(CACHE)}
+    return evaluate.Config(checkpoint=str(checkpoint), data_dir=str(dataset), output_dir=str(output), **(few | changes))
+
+
+REQUIRED = [
+    *("tokenizer_psnr", "tokenizer_ssim", "lam_psnr", "rollout_psnr", "rollout_ssim", "copy_last_frame_psnr"),
+    *("tokenizer_codebook_usage", "lam_codebook_usage", "delta_psnr_t4", "latent_action_ami"),
+]
+
+
+def test_a_world_is_measured_twice_alike(trained, dataset, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    flags = ["--steps", 2, "--num_clips", 5, "--long_frames", 8, "--batch_size", 4, "--compile_cache", CACHE]
+    done = script("evaluate", "--checkpoint", trained["world"], "--data_dir", dataset, "--output_dir", a, *flags)
+    assert "report.html" in done.stdout
+    evaluate.main(config(trained["world"], dataset, b))
+    assert (a / "metrics.json").read_bytes() == (b / "metrics.json").read_bytes()
+    metrics = json.loads((a / "metrics.json").read_text())
+    for name in REQUIRED:
+        assert math.isfinite(metrics[name])
+        assert metrics["intervals"][name]["n"] >= 1
+    assert metrics["split"] == "val"
+    assert len(metrics["per_horizon"]["rollout_psnr"]["mean"]) == 5
+    assert len(json.loads((trained["world"] / "action_labels.json").read_text())) == 3
+    assert json.loads((a / "speed.json").read_text())["rollout_frames_per_second"] > 0
+    page = (a / "report.html").read_text()
+    for heading in ("Fidelity", "Distribution", "Controllability", "latent actions mean", "Codebooks", "Stability"):
+        assert heading in page
+
+
+def test_comparing_marks_what_differs(trained, dataset, tmp_path, capsys):
+    evaluate.main(config(trained["tokenizer"], dataset, tmp_path / "a", num_clips=8))
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert "rollout_psnr" not in metrics
+    # Another batch size: the same clips, and figures that differ by rounding only.
+    evaluate.main(config(trained["tokenizer"], dataset, tmp_path / "c", num_clips=8, batch_size=3))
+    other = json.loads((tmp_path / "c" / "metrics.json").read_text())
+    assert other["clips_digest"] == metrics["clips_digest"]
+    np.testing.assert_allclose(other["per_clip"]["tokenizer_psnr"], metrics["per_clip"]["tokenizer_psnr"], atol=0.01)
+    changed = json.loads(json.dumps(metrics))
+    changed["per_clip"]["tokenizer_psnr"] = [
+        x + 1 + 0.01 * i for i, x in enumerate(metrics["per_clip"]["tokenizer_psnr"])
+    ]
+    changed["tokenizer_psnr"] += 1.035
+    (tmp_path / "b.json").write_text(json.dumps(changed | {"wall_s": 3.0}))
+    capsys.readouterr()
+    evaluate.main(evaluate.Config(compare=(str(tmp_path / "a" / "metrics.json"), str(tmp_path / "b.json"))))
+    starred = [row for row in capsys.readouterr().out.splitlines()[:-1] if row.endswith("*")]
+    assert [row.split()[0] for row in starred] == ["tokenizer_psnr"]
+    assert "+1.03" in starred[0]
+    (tmp_path / "b.json").write_text("{}")
+    with pytest.raises(InputError, match=r"b\.json: not a metrics\.json"):
+        evaluate.main(evaluate.Config(compare=(str(tmp_path / "a" / "metrics.json"), str(tmp_path / "b.json"))))
+
+
+def test_a_lam_is_measured_also_without_true_actions(trained, dataset, tmp_path):
+    bare = make_dataset(tmp_path / "data", clips=6, actions=False)
+    evaluate.main(config(trained["lam"], bare, tmp_path / "a"))
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert math.isfinite(metrics["lam_psnr"])
+    assert "latent_actions" not in metrics
+    assert "tokenizer_psnr" not in metrics
+    evaluate.main(config(trained["lam"], dataset, tmp_path / "b"))
+    assert "latent_action_ami" in json.loads((tmp_path / "b" / "metrics.json").read_text())
+
+
+def save(folder, kind, cfg, model, seq_len):
+    """A checkpoint without a training."""
+    import dataclasses
+
+    fields = {"config_version": CONFIG_VERSION, "kind": kind, "model": dataclasses.asdict(cfg)}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields | {"train": {"seq_len": seq_len, "data_dir": ""}}))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "1" / "model", nnx.to_pure_dict(nnx.state(model)))
+    return folder
+
+
+def test_a_world_of_true_actions_is_played_with_them(dataset, tmp_path):
+    cfg = world_config(window=3)
+    world = save(tmp_path / "world", "world", cfg, World(cfg, Compute(), nnx.Rngs(0)), 3)
+    evaluate.main(config(world, dataset, tmp_path / "a", steps=1))
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert metrics["actions"] == "true"
+    assert "rollout_4_psnr" not in metrics
+    assert "delta_psnr_t4" not in metrics
+    labels = json.loads((world / "action_labels.json").read_text())
+    assert [label["name"] for label in labels] == ["LEFT", "RIGHT"]
+    bare = make_dataset(tmp_path / "bare", clips=3, actions=False)
+    with pytest.raises(InputError, match="true actions"):
+        evaluate.main(config(world, bare, tmp_path / "b", steps=1))
+
+
+def test_wrong_inputs_are_named(trained, tmp_path):
+    other = make_dataset(tmp_path / "other", shape=(24, 24, 3), clips=3)
+    with pytest.raises(InputError, match=r"\(24, 24, 3\)"):
+        evaluate.main(config(trained["tokenizer"], other, tmp_path))
+    with pytest.raises(InputError, match="--num_clips -1"):
+        evaluate.Config(num_clips=-1)
+    with pytest.raises(InputError, match="no checkpoint"):
+        evaluate.main(config(tmp_path / "none", other, tmp_path))

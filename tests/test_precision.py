@@ -1,0 +1,137 @@
+"""Mixed precision and activation checkpointing: what stays float32, and that memory tricks change no gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from models.dynamics import Dynamics, DynamicsConfig
+from models.nn import Compute, STConfig, STTransformer
+from models.tokenizer import Tokenizer, TokenizerConfig
+from utils.optim import OptimConfig, learning_rate_schedule, make_optimizer, matrices, phases
+
+SIZE = {"width": 16, "num_heads": 2, "num_blocks": 2}
+X = jax.random.normal(jax.random.key(0), (2, 3, 4, 16))
+
+
+def equations(jaxpr):
+    """All equations, those of inner jaxprs too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (list, tuple)) else [value]:
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+                elif hasattr(inner, "jaxpr"):
+                    yield from equations(inner.jaxpr)
+
+
+def test_bfloat16_is_for_products_only():
+    cfg = TokenizerConfig(**SIZE, patch_size=4, num_codes=16, code_width=4, frame_shape=(8, 8, 3))
+    model = Tokenizer(cfg, Compute(dtype="bfloat16"), nnx.Rngs(0))
+    graphdef, variables = nnx.split(model)
+    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(variables))
+    frames = jnp.zeros((1, 3, 8, 8, 3))
+    jaxpr = jax.make_jaxpr(lambda v: nnx.merge(graphdef, v)(frames))(variables).jaxpr
+    products = 0
+    for eqn in equations(jaxpr):
+        dtypes = {v.aval.dtype for v in eqn.invars if hasattr(v, "aval") and jnp.issubdtype(v.aval.dtype, jnp.floating)}
+        if eqn.primitive.name in ("exp", "rsqrt", "reduce_sum", "reduce_max", "log", "argmax"):
+            assert dtypes <= {jnp.dtype("float32")}, eqn
+        if eqn.primitive.name == "dot_general":
+            code_products = any(16 in v.aval.shape and 4 in v.aval.shape for v in eqn.invars)
+            products += dtypes == {jnp.dtype("bfloat16")}
+            assert dtypes == {jnp.dtype("bfloat16")} or code_products, eqn
+    assert products >= 12
+    out = model(frames)
+    assert out.frames_BTHWC.dtype == out.commitment.dtype == out.latents_BTNL.dtype == jnp.float32
+
+
+def test_logits_and_moments_are_float32_in_bfloat16():
+    cfg = DynamicsConfig(**SIZE, num_codes=16, num_patches=4, num_actions=3)
+    model = Dynamics(cfg, Compute(dtype="bfloat16"), nnx.Rngs(0))
+    tokens = jnp.zeros((1, 3, 4), jnp.int32)
+    assert model(tokens, tokens > 0, tokens[:, :, 0]).dtype == jnp.float32
+    moments = make_optimizer(OptimConfig(), 100).init(nnx.state(model, nnx.Param))
+    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(moments))
+
+
+def test_bfloat16_stays_near_float32():
+    outs = [
+        STTransformer(STConfig(**SIZE), Compute(dtype=d), nnx.Rngs(0))(X).astype(jnp.float32)
+        for d in ("float32", "bfloat16")
+    ]
+    np.testing.assert_allclose(outs[0], outs[1], atol=0.1)
+    assert np.any(outs[0] != outs[1])
+
+
+def gradient(remat):
+    model = STTransformer(STConfig(**SIZE), Compute(remat=remat), nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(X)))))(params)
+
+
+@pytest.mark.parametrize("remat", ["block", "dots", "offload"])
+def test_activation_checkpointing_changes_no_gradient(remat):
+    plain, saved = gradient("none"), gradient(remat)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), plain, saved)
+
+
+def test_activation_checkpointing_saves_memory():
+    x = jax.random.normal(jax.random.key(0), (4, 8, 16, 32))
+
+    def temporary(how):
+        model = STTransformer(STConfig(width=32, num_heads=2, num_blocks=6), Compute(remat=how), nnx.Rngs(0))
+        graphdef, params = nnx.split(model)
+        step = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x) ** 2)))
+        return step.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    none, block = temporary("none"), temporary("block")
+    assert block < none / 2
+
+
+def test_scanned_blocks_equal_unrolled_ones():
+    model = STTransformer(STConfig(**SIZE), Compute(), nnx.Rngs(0))
+    graphdef, stacked = nnx.split(model.blocks)
+    x = X
+    for i in range(2):
+        x, _ = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], stacked))(x, None, 0)
+    np.testing.assert_allclose(model(X), model.norm(x), atol=1e-5)
+    first, second = jax.tree.leaves(stacked)[0]
+    assert np.any(first != second)  # blocks differ from the start
+
+
+def test_weight_decay_touches_matrices_only():
+    model = Tokenizer(TokenizerConfig(**SIZE, patch_size=4, frame_shape=(8, 8, 3)), Compute(), nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    decayed = {jax.tree_util.keystr(k) for k, v in jax.tree_util.tree_flatten_with_path(matrices(params))[0] if v}
+    assert any("qkv" in name for name in decayed)
+    assert not any(word in name for name in decayed for word in ("scale", "bias", "position"))
+    # A zero gradient moves matrices towards zero and leaves the rest alone.
+    tx = make_optimizer(OptimConfig(warmup_steps=0, weight_decay=0.5), 10)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    moved = {jax.tree_util.keystr(k) for k, v in jax.tree_util.tree_flatten_with_path(updates)[0] if np.any(v != 0)}
+    assert moved <= decayed
+    assert moved
+
+
+def test_schedules():
+    cfg = OptimConfig(learning_rate=1.0, warmup_steps=10, decay_steps=20, final_learning_rate=0.1)
+    wsd = learning_rate_schedule(cfg, 100)
+    np.testing.assert_allclose([wsd(0), wsd(10), wsd(79), wsd(90), wsd(100)], [0.1, 1.0, 1.0, 0.55, 0.1], atol=1e-6)
+    cosine = learning_rate_schedule(OptimConfig(**(cfg.__dict__ | {"schedule": "cosine"})), 100)
+    np.testing.assert_allclose([cosine(10), cosine(55), cosine(100)], [1.0, 0.55, 0.1], atol=1e-6)
+    # More steps leave the past of a wsd schedule as it was.
+    longer = learning_rate_schedule(cfg, 200)
+    np.testing.assert_allclose([longer(s) for s in range(80)], [wsd(s) for s in range(80)])
+    assert phases(OptimConfig(), 30) == (3, 10)
+
+
+def test_gradients_are_clipped():
+    tx = make_optimizer(OptimConfig(grad_clip=1.0), 10)
+    assert isinstance(tx, optax.GradientTransformation)
+    grads = {"kernel": jnp.full(4, 100.0)}
+    clipped, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
+    assert float(optax.global_norm(clipped)) == pytest.approx(1.0)

@@ -1,0 +1,187 @@
+"""What a server of worlds is made of: frames for several rollouts at once, pictures from strangers, who may call."""
+
+import asyncio
+import dataclasses
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from aiohttp import web
+from flax import nnx
+
+from models.errors import InputError
+from models.genie import World
+from models.sampling import RolloutState, SamplingConfig, next_frame, start_rollout
+from utils.video import resize
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_PIXELS = 4_000_000  # of an uploaded picture; the page shrinks them to far less before it sends them
+
+
+class Request(NamedTuple):
+    """The next frame of one rollout: after `state` (of batch size 1), by `action`, with the randomness of `seed`.
+
+    action, seed: Integers; int32 scalars on the device.
+    """
+
+    state: RolloutState
+    action: Any
+    seed: Any
+    cfg: SamplingConfig
+
+
+class Engine:
+    """A world on the device, and the queue in front of it.
+
+    Requests of several players are computed together, `width` of them in one call. There is one program for any
+    number of them up to `width`, any steps and any temperature: nothing compiles after `warm_up`. What it computes
+    equals `models.sampling.rollout`.
+
+    Args:
+      thread: An executor of one thread, through which all engines use the device in turns.
+    """
+
+    def __init__(self, world: World, width: int, thread: ThreadPoolExecutor):
+        graphdef, self._variables = nnx.split(world)
+        self.cfg = world.cfg
+        self.num_actions = world.num_actions
+        self._width, self._thread = width, thread
+        self._queue: asyncio.Queue[tuple[Request, asyncio.Future]] = asyncio.Queue()
+
+        @jax.jit
+        def start(variables, frame_HWC):
+            frames_BTHWC = frame_HWC[None, None].astype(jnp.float32) / 255
+            return start_rollout(nnx.merge(graphdef, variables), frames_BTHWC, jnp.zeros((1, 0), jnp.int32))
+
+        @jax.jit
+        def step(variables, requests):
+            def one(request: Request) -> tuple[jax.Array, RolloutState]:
+                key = jax.random.fold_in(jax.random.key(request.seed), request.state.frame)
+                world, action_B = nnx.merge(graphdef, variables), request.action[None]
+                frame_BHWC, state = next_frame(world, request.state, action_B, key, request.cfg)
+                return (frame_BHWC[0] * 255 + 0.5).astype(jnp.uint8), state
+
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *requests)
+            if len(requests) == 1:  # without vmap, which turns the writing of the caches into scatters
+                frame_HWC, state = one(requests[0])
+                return frame_HWC[None], (state,)
+            frames, states = jax.vmap(one)(stacked)
+            return frames, tuple(jax.tree.map(lambda x, i=i: x[i], states) for i in range(len(requests)))
+
+        self._start, self._step = start, step
+
+    def warm_up(self, cfg: SamplingConfig) -> None:
+        """Compiles everything."""
+        blank = np.zeros(self.cfg.tokenizer.frame_shape, np.uint8)
+        self._compute([Request(self._start(self._variables, blank), 0, 0, cfg)])
+
+    async def start(self, frame_HWC: np.ndarray) -> RolloutState:
+        """The state after one prompt frame, uint8 and of the world's shape."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._start, self._variables, frame_HWC)
+
+    async def step(self, request: Request) -> tuple[np.ndarray, RolloutState]:
+        """The next frame (H, W, C), uint8, and the state after it. If the caller is cancelled, so is its request."""
+        future = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((request, future))
+        return await future
+
+    async def serve(self) -> None:
+        """Answers requests until it is cancelled."""
+        self._queue = asyncio.Queue()  # a queue belongs to one event loop
+        while True:
+            batch = [await self._queue.get()]
+            while len(batch) < self._width and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            await self._answer([(request, future) for request, future in batch if not future.done()])
+            del batch  # it holds states of players who may leave before the next request comes
+
+    async def _answer(self, batch: list[tuple[Request, asyncio.Future]]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            requests = [request for request, _ in batch]
+            answers = await loop.run_in_executor(self._thread, self._compute, requests) if batch else []
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
+        except Exception as error:  # whatever it is belongs to those who asked
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+
+    def _compute(self, requests: Sequence[Request]) -> list[tuple[np.ndarray, RolloutState]]:
+        full = [*requests, *[requests[0]] * (self._width - len(requests))]
+        # Fixed types, so that there is one program.
+        arrays = tuple(
+            Request(
+                r.state,
+                np.int32(r.action),
+                np.int32(r.seed),
+                dataclasses.replace(r.cfg, steps=np.int32(r.cfg.steps), temperature=np.float32(r.cfg.temperature)),  # type: ignore[arg-type]
+            )
+            for r in full
+        )
+        frames, states = self._step(self._variables, arrays)
+        return list(zip(np.asarray(frames), states, strict=True))[: len(requests)]
+
+
+def fit_picture(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cuts out the largest middle part of the right aspect ratio and resizes it."""
+    H, W = image_HWC.shape[:2]
+    h, w = min(H, max(1, round(W * height / width))), min(W, max(1, round(H * width / height)))
+    y, x = (H - h) // 2, (W - w) // 2
+    return resize(np.ascontiguousarray(image_HWC[None, y : y + h, x : x + w]), height, width)[0]
+
+
+def decode_picture(data: bytes) -> np.ndarray:
+    """Decodes an uploaded picture: uint8 RGB (H, W, 3), upright.
+
+    Raises:
+      InputError: It is no picture, or has more than `MAX_PIXELS`.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "GIF", "WEBP", "BMP")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(
+                    f"the picture has {image.width}×{image.height} pixels; send one of fewer than 4 million"
+                )
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except InputError:
+        raise
+    except Exception as error:  # pillow raises anything for damaged files
+        raise InputError("this is no picture that can be read; send a PNG, JPEG, GIF, WebP or BMP") from error
+
+
+def guard(loopback: bool):
+    """Middleware that refuses what other web pages send here through a visitor's browser.
+
+    A request that names its origin must come from this server's own page. On a loopback address, the name that the
+    browser called must be a loopback name too: a foreign name that resolves here is an attack (DNS rebinding).
+    """
+
+    @web.middleware
+    async def check(request: web.Request, handler) -> web.StreamResponse:
+        host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
+        if loopback and _parts(host)[0] not in LOOPBACK:
+            raise web.HTTPForbidden(text=f"this server answers to {' and '.join(LOOPBACK)} only, not to {host[:100]}\n")
+        if origin is not None and (not origin.startswith("http") or _parts(origin.partition("://")[2]) != _parts(host)):
+            raise web.HTTPForbidden(text="requests from other origins are refused\n")
+        return await handler(request)
+
+    return check
+
+
+def _parts(host: str) -> tuple[str | None, int | None]:
+    """Name and port of "name:port"; (None, None) if it is malformed."""
+    try:
+        parts = urlsplit(f"//{host}")
+        return parts.hostname, parts.port
+    except ValueError:
+        return None, None
