@@ -194,7 +194,7 @@ def test_lpips_equals_its_reference(net, reference):
     lpips = load_lpips(net)
     np.testing.assert_allclose(lpips(IMAGES, NOISY), reference, rtol=1e-4)
     assert np.max(lpips(IMAGES, IMAGES)) < 1e-8
-    assert np.all(lpips(IMAGES, np.clip(IMAGES * 0.2 + 0.4, 0, 1)) > reference)
+    assert np.all(lpips(IMAGES, IMAGES * 0.2 + 0.4) > np.array(reference))
     small = lpips(IMAGES[:, :16, :16], NOISY[:, :16, :16])
     assert np.all(small > 0)
 

@@ -662,15 +662,18 @@ async def nobody_left(url: str) -> None:
             await asyncio.sleep(0.05)
 
 
-def take_screenshot(checkpoint: str, file: str) -> None:
-    """Plays a world for some frames and takes a picture of the page, for the documentation.
+def take_screenshot(checkpoint: str, file: str, prompt: int = 0, *flags: object) -> None:
+    """Plays a world from one of its prompts and takes a picture of the page, for the documentation.
 
-    python -c "from tests.test_play import take_screenshot; take_screenshot('runs/demo/dynamics', 'docs/play.png')"
+    python -c "from tests.test_play import take_screenshot; take_screenshot('runs/demo/dynamics', 'play.png', 5, '--temperature', 0.7)"
     """
 
     async def play(url: str, folder: Path) -> None:
         async with browsing(folder, url) as browser:
             await browser.until("typeof mode === 'string' && mode === 'ready'")
+            await browser.call("Emulation.setScrollbarsHidden", hidden=True)
+            await browser.value(f"start({prompt}), mode = 'off', null")
+            await browser.until("mode === 'ready'")
             labelled = await browser.value("actions.some(a => directions(a.name))")
             for frames, key in ((7, "ArrowRight" if labelled else "1"), (11, "ArrowUp" if labelled else "2")):
                 await browser.key(key, up=False)
@@ -678,8 +681,8 @@ def take_screenshot(checkpoint: str, file: str) -> None:
                 if frames == 7:
                     await browser.key(key, down=False)
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-            await browser.screenshot(Path(file), 1240, 980)
+            await browser.screenshot(Path(file), 1240, 970)
 
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with folder as name, server_process("--checkpoint", checkpoint) as url:
+    with folder as name, server_process("--checkpoint", checkpoint, *flags) as url:
         asyncio.run(play(url, Path(name)))

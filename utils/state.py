@@ -104,7 +104,7 @@ def apply_gradients(state: TrainState, grads: Any, cfg: Any) -> tuple[TrainState
     ema = state.ema
     if ema is not None:
         ema = jax.tree.map(lambda a, b: cfg.ema_decay * a + (1 - cfg.ema_decay) * b, ema, params)
-    norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
     if cfg.log_gradients:
-        norms |= {f"grad_norm/{name}": optax.global_norm(part) for name, part in grads.items()}
+        norms |= {f"grad_norm/{name}": optax.tree.norm(part) for name, part in grads.items()}
     return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema), norms
