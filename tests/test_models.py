@@ -62,7 +62,8 @@ def test_latent_action_depends_on_the_next_frame_and_no_later_one():
 @pytest.mark.parametrize("action_token", ["prepend", "add"])
 def test_dynamics_is_causal_in_tokens_and_actions(action_token):
     model = Dynamics(dataclasses.replace(DYNAMICS, action_token=action_token), Compute(), nnx.Rngs(0))
-    table, actions = model.token_embedding[...][TOKENS], model.action_embedding[...][ACTIONS]
+    table = model.token_embedding[...][TOKENS]
+    actions = model.action_embedding[...][ACTIONS]
 
     def logits(x_BTNM, a_BTM):
         a = a_BTM[:, :, None]

@@ -70,7 +70,9 @@ def test_cached_logits_equal_those_of_the_whole_clip(world):
     seen = jnp.zeros_like(tokens, bool)
     whole = world.dynamics(tokens, seen, led_by)
     state = start_rollout(world, FRAMES[:, :-1], ACTIONS[:, :-1])
-    last, _ = world.dynamics.run(tokens[:, -1:], seen[:, -1:], led_by[:, -1:], state.dynamics, state.frame)
+    last, _ = world.dynamics.run(
+        tokens[:, -1:], seen[:, -1:], led_by[:, -1:], state.dynamics, state.frame, state.tokens_BN
+    )
     np.testing.assert_allclose(last[:, 0], whole[:, -1], atol=1e-5)
 
 

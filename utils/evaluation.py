@@ -137,7 +137,7 @@ class Player:
         self.batch_size = batch_size
         self.frames, self.seconds = 0, 0.0  # since the step was compiled
         self._warm = False
-        axes: Any = RolloutState(dynamics=0, decoder=0, frame=None)  # type: ignore[arg-type]
+        axes: Any = RolloutState(dynamics=0, decoder=0, tokens_BN=0, frame=None)  # type: ignore[arg-type]
 
         def start(world, prompt_BTHWC, actions_BTm1):
             one = lambda prompt, actions: start_rollout(world, to_float(prompt)[None], actions[None])
