@@ -21,7 +21,7 @@ from models.nn import Compute
 from models.sampling import SamplingConfig, rollout
 from utils.cli import run
 from utils.data import Batch, ClipSource, batches
-from utils.metrics import psnr, ssim
+from utils.metrics import pooled_psnr, ssim
 from utils.video import label, strip, upscale, write_png, write_video
 
 
@@ -124,9 +124,9 @@ def main(cfg: Config) -> None:
     if from_truth:
         future, last = truth[:, cfg.prompt_frames :], prompt[:, -1:]
         lines = {
-            "psnr": jnp.mean(psnr(predicted, future), axis=0),
+            "psnr": pooled_psnr(predicted, future),
             "ssim": jnp.mean(ssim(predicted, future), axis=0),
-            "copy_last_frame_psnr": jnp.mean(psnr(jnp.broadcast_to(last, future.shape), future), axis=0),
+            "copy_last_frame_psnr": pooled_psnr(jnp.broadcast_to(last, future.shape), future),
         }
         table = {name: [round(float(v), 4) for v in values] for name, values in lines.items()}
         print(f"{'frame':>5} {'PSNR':>7} {'SSIM':>7}   PSNR of the prompt frame repeated")

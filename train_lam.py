@@ -34,7 +34,7 @@ PRESETS = {
     "coinrun": Config(),
     "tiny": Config(
         model=LAMConfig(width=128, num_heads=4, num_blocks=1, patch_size=8, codebook_decay=0.95),
-        batch_size=16,
+        batch_size=8,
         seq_len=4,
         num_steps=700,
         learning_rate=1.5e-3,

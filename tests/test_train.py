@@ -18,8 +18,11 @@ from tests.conftest import CACHE, LAM, ROOT, SMALL, TOKENIZER, make_dataset, scr
 
 def stored(path, step, item="model"):
     """An item of a checkpoint as {path: array}."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(path.absolute() / str(step) / item)
+    folder = path.absolute() / str(step) / item
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        shapes = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        tree = checkpointer.restore(folder, ocp.args.PyTreeRestore(shapes, restore_args=as_numpy))
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 

@@ -193,7 +193,8 @@ def frame_metrics(lpips: LPIPS | None) -> Compare:
 
     def metrics(lpips, a, b):
         a, b = to_float(a), to_float(b)
-        values = {"psnr": psnr(a, b), "ssim": ssim(a, b), "l1": jnp.mean(jnp.abs(a - b), axis=(1, 2, 3))}
+        mse = jnp.mean(jnp.square(a - b), axis=(1, 2, 3))
+        values = {"psnr": psnr(a, b), "mse": mse, "ssim": ssim(a, b), "l1": jnp.mean(jnp.abs(a - b), axis=(1, 2, 3))}
         return values | ({"lpips": lpips(a, b)} if lpips else {})
 
     compiled = jitted(lpips, metrics) if lpips else jax.jit(lambda a, b: metrics(None, a, b))
@@ -204,6 +205,13 @@ def frame_metrics(lpips: LPIPS | None) -> Compare:
         return {name: x.reshape(a.shape[:2]) for name, x in values.items()}
 
     return compare
+
+
+def pooled_psnr(mse_B: np.ndarray) -> Figure:
+    """PSNR in dB of the mean over clips of their mean squared errors, with that mean's interval."""
+    error = figure(mse_B)
+    mean, low, high = (-10 * math.log10(max(x, 1e-6)) for x in (error.mean, error.high, error.low))
+    return Figure(mean, low, high, error.n)
 
 
 class Results:
@@ -235,6 +243,11 @@ class Results:
             if metric in scores:
                 self.add(f"{name}_{metric}", scores[metric].mean(axis=1))
                 self.add_curve(f"{name}_{metric}", scores[metric], first)
+                if metric == "psnr" and "mse" in scores:
+                    # Of the mean error over clips: in a mean of decibels, scenes where nothing moves would drown the
+                    # others (a repeated frame is perfect there).
+                    self.figures[f"{name}_psnr"] = pooled_psnr(scores["mse"].mean(axis=1))
+                    self.curves[f"{name}_psnr"] = first, [pooled_psnr(column) for column in scores["mse"].T]
             else:
                 self.figures[f"{name}_{metric}"] = NOT_MEASURED
 

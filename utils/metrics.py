@@ -14,6 +14,15 @@ def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
     return -10.0 * jnp.log10(jnp.maximum(mse, 1e-6))
 
 
+def pooled_psnr(a: jax.Array, b: jax.Array) -> jax.Array:
+    """PSNR (T) in dB of each frame of a set of videos (B, T, H, W, C), of the mean error over the set.
+
+    In a mean of decibels, scenes where nothing moves would drown the others: a repeated frame is perfect there.
+    """
+    mse_T = jnp.mean(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)), axis=(0, 2, 3, 4))
+    return -10.0 * jnp.log10(jnp.maximum(mse_T, 1e-6))
+
+
 def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     """Structural similarity (Wang et al. 2004) over the last three axes (H, W, C)."""
     image = a.shape[-3:]
