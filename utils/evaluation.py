@@ -237,15 +237,18 @@ class Results:
         """A curve from a row a clip."""
         self.curves[name] = (first, [figure(column) for column in values_BT.T])
 
-    def add_scores(self, name: str, scores: dict[str, np.ndarray], first: int = 1) -> None:
-        """Figure and curve of each frame metric."""
+    def add_scores(self, name: str, scores: dict[str, np.ndarray], first: int = 1, pooled: bool = False) -> None:
+        """Figure and curve of each frame metric.
+
+        Args:
+          pooled: PSNR of the mean error over clips, not the mean of their PSNRs, in which scenes where nothing moves
+            would drown the others (a repeated frame is perfect there).
+        """
         for metric in ("psnr", "ssim", "l1", "lpips"):
             if metric in scores:
                 self.add(f"{name}_{metric}", scores[metric].mean(axis=1))
                 self.add_curve(f"{name}_{metric}", scores[metric], first)
-                if metric == "psnr" and "mse" in scores:
-                    # Of the mean error over clips: in a mean of decibels, scenes where nothing moves would drown the
-                    # others (a repeated frame is perfect there).
+                if metric == "psnr" and pooled:
                     self.figures[f"{name}_psnr"] = pooled_psnr(scores["mse"].mean(axis=1))
                     self.curves[f"{name}_psnr"] = first, [pooled_psnr(column) for column in scores["mse"].T]
             else:
@@ -297,9 +300,11 @@ def measure_rollouts(
         future = truth[:, prompt:]
         copy = np.broadcast_to(truth[:, prompt - 1 : prompt], future.shape)
         played[prompt] = play(truth[:, :prompt], actions)
-        results.add_scores(f"rollout{mark}", compare(played[prompt], future))
-        results.add_scores(f"copy_last_frame{mark}", compare(copy, future))
-        results.add_scores(f"reconstruction{mark}", {name: x[:, prompt:] for name, x in reconstructed.items()})
+        results.add_scores(f"rollout{mark}", compare(played[prompt], future), pooled=True)
+        results.add_scores(f"copy_last_frame{mark}", compare(copy, future), pooled=True)
+        results.add_scores(
+            f"reconstruction{mark}", {name: x[:, prompt:] for name, x in reconstructed.items()}, pooled=True
+        )
     return played
 
 
