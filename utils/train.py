@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from models.errors import InputError
 from models.nn import Compute
@@ -176,6 +177,7 @@ def fit(
     )
     eval_fn = jax.jit(
         lambda state, batch, i: evaluate(state.model(state.ema), batch, jax.random.fold_in(root, i)),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),  # whole in every process, to be looked at
     )
     batch = next(stream)
     began = time.monotonic()
