@@ -179,20 +179,6 @@ def test_a_moving_average_is_saved_and_sampled_from(trained, dataset, tmp_path):
     script(name, *model, *flags(dataset, tmp_path), "--num_steps", 5, "--ema_decay", 0.5)
 
 
-def test_a_failed_save_names_the_last_good_checkpoint(half, trained, dataset):
-    """The folder vanishes under the running training."""
-    name, model = model_of("tokenizer", trained)
-    folder = half("tokenizer")
-    (folder / "6").write_text("in the way")  # a file where the next checkpoint should go
-    done = script(name, *model, *flags(dataset, folder), check=False)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert f"the last good checkpoint is {folder}/3" in done.stderr
-    (folder / "6").unlink()
-    script(name, *model, *flags(dataset, folder))
-    assert_same(stored(folder, 6), stored(trained["tokenizer"], 6))
-
-
 def test_harmless_flags_may_change_on_resume(half, trained, dataset):
     name, model = model_of("lam", trained)
     folder = half("lam")
