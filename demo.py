@@ -37,8 +37,11 @@ def main(cfg: Config) -> None:
         ["train_tokenizer.py", *tiny, "--ckpt_dir", tokenizer],
         ["train_lam.py", *tiny, "--ckpt_dir", lam],
         ["train_dynamics.py", *tiny, "--ckpt_dir", world, *parts],
-        ["sample.py", "--checkpoint", world, "--output_dir", str(root / "samples"), *likeliest],
-        ["evaluate.py", "--checkpoint", world, "--data_dir", data, "--output_dir", str(root), *likeliest],
+        ["sample.py", "--checkpoint", world, "--output_dir", str(root / "samples"), "--num_clips", "24", *likeliest],
+        [
+            *f"evaluate.py --checkpoint {world} --data_dir {data} --output_dir {root} --rollout_clips 24".split(),
+            *likeliest,
+        ],
     ]
     began = time.monotonic()
     for stage in stages:

@@ -30,7 +30,7 @@ from utils.cli import run
 from utils.data import ClipSource
 from utils.perceptual import load_i3d, load_lpips
 from utils.report import Picture, comparison, sections, write_report
-from utils.video import label, strip, upscale
+from utils.video import strip, sweep, upscale
 
 SHOWN = 4  # clips in a picture
 SWEEP_FRAMES = 8  # for which an action is held in the picture of the action sweep
@@ -150,15 +150,11 @@ def measure_world(
     ev.measure_control(results, play, compare, truth, actions, played[1], A, cfg.seed)
     held = np.broadcast_to(np.arange(A)[:16, None], (min(A, 16), min(SWEEP_FRAMES, truth.shape[1] - 1)))
     prompts = np.repeat(truth[:1, :1], len(held), axis=0)
-    sweep = np.concatenate([prompts, play(prompts, held, np.zeros(len(held)))], axis=1)
+    held_out = np.concatenate([prompts, play(prompts, held, np.zeros(len(held)))], axis=1)
     found = results.details.get("latent_actions")
     names = [x["name"] for x in ev.action_labels(found["table"], found["action_names"])] if found else [""] * A
-    rows = [
-        [label(frame, "" if t else f"{a} {names[a]}") for t, frame in enumerate(upscale(row, 2))]
-        for a, row in enumerate(sweep)
-    ]
     caption = "One prompt; in each row one action is held throughout (beside it, the true action it mostly stands for)."
-    _add(pictures, "action_sweep", strip(rows), caption)
+    _add(pictures, "action_sweep", sweep(held_out, names), caption)
 
     m = min(cfg.fvd_clips, len(truth), len(pool.frames_BTHWC) // 2)
     others = pool.frames_BTHWC[len(pool.frames_BTHWC) - m :]

@@ -26,9 +26,10 @@ from models.errors import InputError
 from models.genie import load_world, read_config
 from models.nn import Compute
 from models.sampling import SamplingConfig
+from utils.actions import read_actions
 from utils.cli import run
 from utils.data import ClipSource
-from utils.game import MAX_STEPS, Game, read_actions
+from utils.game import MAX_STEPS, Game
 from utils.serving import LOOPBACK, Engine, guard
 
 SECURITY = {

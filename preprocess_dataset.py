@@ -2,6 +2,7 @@
 
     python preprocess_dataset.py                                        # Jafar's data/coinrun_episodes → data/coinrun
     python preprocess_dataset.py --input_dir my_videos --output_dir data/mine --height 64 --width 64 --fps 10
+    python preprocess_dataset.py tokens --tokenizer_checkpoint runs/tokenizer --lam_checkpoint runs/lam
 
 Each file, or folder of images, is one episode. An episode is cut into clips that follow one another.
 """
@@ -32,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from models.errors import InputError
-from utils import video
+from utils import tokens, video
 from utils.cli import run
 from utils.data import SPLITS, Clip, Metadata, Shard, write_metadata, write_shard
 
@@ -711,4 +712,8 @@ def _report(config: Config, metadata: Metadata, num_sources: int, num_skipped: i
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    if sys.argv[1:2] == ["tokens"]:
+        del sys.argv[1]
+        run(tokens.main, tokens.Config)
+    else:
+        run(main, Config)

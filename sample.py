@@ -2,6 +2,8 @@
 
     python sample.py --checkpoint runs/dynamics
 
+    python sample.py --checkpoint runs/dynamics --actions sweep      # sweep.png: what each action does
+
 Writes rollout.gif, rollout.mp4 (truth over prediction, the action on each frame), rollout.png (a strip of the frames)
 and rollout.json (PSNR and SSIM of each frame).
 """
@@ -19,10 +21,11 @@ from models.errors import InputError
 from models.genie import World, load_world, read_config
 from models.nn import Compute
 from models.sampling import SamplingConfig, rollout
+from utils.actions import read_actions
 from utils.cli import run
 from utils.data import Batch, ClipSource, batches
 from utils.metrics import pooled_psnr, ssim
-from utils.video import label, strip, upscale, write_png, write_video
+from utils.video import label, strip, sweep, upscale, write_png, write_video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Config(SamplingConfig):
     """Split of the prompts: train, val or test."""
     actions: str = "inferred"
     """inferred: the latent actions of the true video (a world of true actions takes those); random; true: the dataset's
-    actions; or a list such as 0,3,3,5, repeated to the end."""
+    actions; a list such as 0,3,3,5, repeated to the end; or sweep: from the first prompt, one row for each action, held
+    throughout, in one picture."""
     prompt_frames: int = 1
     """Frames to start from."""
     num_frames: int = 0
@@ -67,11 +71,34 @@ def choose_actions(cfg: Config, world: World, clips: Batch, frames_BTHWC: jax.Ar
         known = clips.actions_BT if world.lam is None else world.infer_actions(frames_BTHWC)
         return np.asarray(known)[:, :length]
     if not re.fullmatch(r"\d+(,\d+)*", cfg.actions):
-        raise InputError(f"--actions {cfg.actions}: expected inferred, random, true or a list such as 0,3,3,5")
+        raise InputError(f"--actions {cfg.actions}: expected inferred, random, true, sweep or a list such as 0,3,3,5")
     given = [int(a) for a in cfg.actions.split(",")]
     if max(given) >= A:
         raise InputError(f"--actions {cfg.actions}: this world has the actions 0 to {A - 1}")
     return np.broadcast_to(np.resize(np.array(given, np.int32), length), (B, length))
+
+
+def play_sweep(cfg: Config, world: World, prompt: jax.Array, num_frames: int, sampling: SamplingConfig) -> np.ndarray:
+    """Frames (A, T, H, W, C), uint8: the first prompt, and what follows if one action is held."""
+    A = world.num_actions
+    prompts = jnp.repeat(prompt[:1], A, axis=0)
+    between = choose_between(world, prompts)
+    held = jnp.broadcast_to(jnp.arange(A, dtype=jnp.int32)[:, None], (A, num_frames))
+    predicted = rollout(world, prompts, jnp.concatenate([between, held], axis=1), jax.random.key(cfg.seed), sampling)
+    return np.asarray(jnp.concatenate([prompts, predicted], axis=1) * 255 + 0.5).astype(np.uint8)
+
+
+def choose_between(world: World, prompts: jax.Array) -> jax.Array:
+    """Actions (A, T - 1) between the prompt frames: inferred ones, or in a world of true actions none."""
+    if world.lam is None or prompts.shape[1] == 1:
+        return jnp.full((len(prompts), prompts.shape[1] - 1), -1, jnp.int32)
+    return world.infer_actions(prompts)
+
+
+def labels(cfg: Config, world: World, source: ClipSource) -> list[str]:
+    """What the actions mostly do, as evaluate.py found out; empty where it did not run."""
+    names = source.metadata.action_names if world.lam is None else None
+    return [action.name for action in read_actions(cfg.checkpoint, world.num_actions, names)]
 
 
 def draw(cfg: Config, truth: np.ndarray, predicted: np.ndarray, actions: np.ndarray, fps: float, folder: Path) -> None:
@@ -113,11 +140,17 @@ def main(cfg: Config) -> None:
     clips = next(batches(source, cfg.num_clips, cfg.seed))
     truth = jnp.asarray(clips.frames_BTHWC, jnp.float32) / 255
     prompt = truth[:, : cfg.prompt_frames]
-    actions = choose_actions(cfg, world, clips, truth, length - 1)
     sampling = SamplingConfig(cfg.steps, cfg.temperature, cfg.order, cfg.top_k, cfg.top_p)
+    folder = Path(cfg.output_dir or Path(cfg.checkpoint) / "samples")
+    if cfg.actions == "sweep":
+        picture = sweep(play_sweep(cfg, world, prompt, num_frames, sampling), labels(cfg, world, source))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_png(folder / "sweep.png", picture)
+        print(f"wrote {folder}/sweep.png")
+        return
+    actions = choose_actions(cfg, world, clips, truth, length - 1)
     predicted = rollout(world, prompt, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
 
-    folder = Path(cfg.output_dir or Path(cfg.checkpoint) / "samples")
     video = np.asarray(jnp.concatenate([prompt, predicted], axis=1) * 255 + 0.5).astype(np.uint8)
     shown = slice(min(cfg.shown_clips, cfg.num_clips))
     draw(cfg, clips.frames_BTHWC[shown], video[shown], actions[shown], source.metadata.fps, folder)

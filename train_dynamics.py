@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from models.dynamics import DynamicsConfig, hide_tokens, masked_cross_entropy
+from models.dynamics import DynamicsConfig, forward_flops, hide_tokens, masked_cross_entropy
 from models.errors import InputError
-from models.genie import World, WorldConfig, load_lam, load_tokenizer, model_config, read_config
-from models.lam import LAMConfig
-from models.nn import forward_flops, num_patches
+from models.genie import World, WorldConfig, fingerprint, load_lam, load_tokenizer, model_config, read_config
+from models.lam import LAMConfig, infer_flops, step_flops
+from models.tokenizer import encode_flops
 from utils.cli import run
-from utils.data import Batch, ClipSource
+from utils.data import Batch, ClipSource, TokenInfo
 from utils.metrics import psnr, usage
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
@@ -58,18 +59,18 @@ PRESETS = {
     "coinrun": Config(),
     "tiny": Config(
         model=DynamicsConfig(width=128, num_heads=4, num_blocks=2, action_token="add"),
-        lam=LAMConfig(width=128, num_heads=4, num_blocks=1, patch_size=8),
+        lam=LAMConfig(width=128, num_heads=4, num_blocks=1, patch_size=8, unquantized_steps=250),
         batch_size=2,
-        num_steps=600,
+        num_steps=800,
         learning_rate=2e-3,
         final_learning_rate=0.0,
         warmup_steps=20,
-        decay_steps=300,
+        decay_steps=400,
         beta2=0.95,
         val_batches=8,
         log_interval=50,
-        val_interval=300,
-        checkpoint_interval=300,
+        val_interval=400,
+        checkpoint_interval=400,
     ),
     "bench": Config(
         model=DynamicsConfig(width=128, num_heads=4, num_blocks=6),
@@ -93,13 +94,10 @@ class Inputs(NamedTuple):
 
 def loss_fn(world: World, inputs: Inputs, cfg: Config) -> tuple[jax.Array, tuple]:
     """Cross-entropy of the hidden tokens; for a LAM trained along, its own loss is added, which shares no parameter."""
-    frames = inputs.batch.frames_BTHWC.astype(jnp.float32) / 255
-    tokens_BTN = jax.lax.stop_gradient(world.tokenizer.encode(frames))
+    tokens_BTN, frames = tokens_of(world, inputs.batch)
     lam_loss, lam_arrays = jnp.float32(0), None
-    if cfg.use_gt_actions:
-        actions_BTm1 = inputs.batch.actions_BT[:, :-1]
-    elif cfg.lam_checkpoint:
-        actions_BTm1 = world.infer_actions(frames)
+    if cfg.use_gt_actions or cfg.lam_checkpoint:
+        actions_BTm1 = actions_of(world, inputs.batch, cfg)
     else:
         assert world.lam
         out = world.lam(frames, train=True)
@@ -116,6 +114,24 @@ def loss_fn(world: World, inputs: Inputs, cfg: Config) -> tuple[jax.Array, tuple
     return loss + lam_loss, (metrics, lam_arrays)
 
 
+def tokens_of(world: World, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Tokens (B, T, N) and frames in [0, 1]; from a token dataset, which has none, the frames that the tokens make."""
+    if batch.tokens_BTN is not None:
+        tokens_BTN = batch.tokens_BTN.astype(jnp.int32)
+        return tokens_BTN, jnp.clip(world.tokenizer.decode(tokens_BTN), 0, 1)
+    frames = batch.frames_BTHWC.astype(jnp.float32) / 255
+    return jax.lax.stop_gradient(world.tokenizer.encode(frames)), frames
+
+
+def actions_of(world: World, batch: Batch, cfg: Config) -> jax.Array:
+    """The actions (B, Tm1) that the dynamics model is given: true ones, stored latent ones or inferred ones."""
+    if cfg.use_gt_actions:
+        return batch.actions_BT[:, :-1]
+    if batch.latent_actions_BT is not None:
+        return batch.latent_actions_BT[:, :-1].astype(jnp.int32)
+    return world.infer_actions(batch.frames_BTHWC.astype(jnp.float32) / 255)
+
+
 def actions_to(actions_BTm1: jax.Array) -> jax.Array:
     """From actions between frames to the action that led to each frame (none, -1, to the first)."""
     return jnp.pad(actions_BTm1, ((0, 0), (1, 0)), constant_values=-1)
@@ -123,7 +139,7 @@ def actions_to(actions_BTm1: jax.Array) -> jax.Array:
 
 def prepare(batch: Batch, key: jax.Array, cfg: DynamicsConfig) -> Inputs:
     """Draws which tokens are hidden."""
-    B, T = batch.frames_BTHWC.shape[:2]
+    B, T = (batch.frames_BTHWC if batch.tokens_BTN is None else batch.tokens_BTN).shape[:2]
     hidden_BTN = hide_tokens(cfg, key, (B, T, cfg.num_patches))
     return Inputs(batch, hidden_BTN, jnp.full(B, 1.0 / jnp.maximum(jnp.mean(hidden_BTN), 1e-6)))
 
@@ -145,13 +161,13 @@ def train_step(state: TrainState, batch: Batch, key: jax.Array, cfg: Config) -> 
 def evaluate(world: World, batch: Batch, key: jax.Array, cfg: Config) -> tuple[dict, jax.Array]:
     """Loss on hidden tokens, and quality of each next frame when all of it is hidden and its past is whole.
 
-    Shows truth over such predictions.
+    A causal model sees the true tokens before each one, also of that frame. Shows truth over such predictions.
     """
     inputs = prepare(batch, key, world.cfg.dynamics)
     loss, (metrics, _) = loss_fn(world, inputs, cfg)
-    frames = batch.frames_BTHWC[:1].astype(jnp.float32) / 255
-    tokens_1TN = world.tokenizer.encode(frames)
-    actions_BTm1 = batch.actions_BT[:1, :-1] if cfg.use_gt_actions else world.infer_actions(frames)
+    first = jax.tree.map(lambda x: x[:1], batch)
+    tokens_1TN, frames = tokens_of(world, first)
+    actions_BTm1 = actions_of(world, first, cfg)
     T = tokens_1TN.shape[1]
 
     def guess(t: jax.Array) -> jax.Array:
@@ -159,7 +175,12 @@ def evaluate(world: World, batch: Batch, key: jax.Array, cfg: Config) -> tuple[d
         hidden = jnp.broadcast_to((jnp.arange(T) >= t)[None, :, None], tokens_1TN.shape)
         return jnp.argmax(world.dynamics(tokens_1TN, hidden, actions_to(actions_BTm1)), axis=-1)[0, t]
 
-    guessed_TN = jax.lax.map(guess, jnp.arange(T)).at[0].set(tokens_1TN[0, 0])
+    if world.cfg.dynamics.kind == "causal":
+        nothing = jnp.zeros_like(tokens_1TN, bool)
+        guessed_TN = jnp.argmax(world.dynamics(tokens_1TN, nothing, actions_to(actions_BTm1)), axis=-1)[0]
+    else:
+        guessed_TN = jax.lax.map(guess, jnp.arange(T))
+    guessed_TN = guessed_TN.at[0].set(tokens_1TN[0, 0])
     predicted = jnp.clip(world.tokenizer.decode(guessed_TN[None]), 0, 1)
     psnr_ = jnp.mean(psnr(predicted[:, 1:], frames[:, 1:]))
     return {"loss": loss} | metrics | {"psnr": psnr_}, jnp.stack([frames[0], predicted[0]])
@@ -198,23 +219,54 @@ def _stored_config(path: str, kind: str, flag: str) -> Any:
     return model_config(kind, config["model"])
 
 
+def check_tokens(cfg: Config, made_by: TokenInfo) -> None:
+    """Refuses a token dataset that other checkpoints made."""
+    if not (cfg.use_gt_actions or cfg.lam_checkpoint):
+        raise InputError(
+            f"--data_dir {cfg.data_dir}: without frames no LAM can be trained along; give --lam_checkpoint"
+        )
+    given = {"tokenizer": fingerprint(load_tokenizer(cfg.tokenizer_checkpoint))}
+    if not cfg.use_gt_actions:
+        given["lam"] = fingerprint(load_lam(cfg.lam_checkpoint))
+    for name, value in given.items():
+        stored = getattr(made_by, name)
+        if stored != value:
+            raise InputError(
+                f"--{name}_checkpoint: the token dataset {cfg.data_dir} was made with another {name} ({stored}, given "
+                f"{value}); give that one, or make the tokens anew with preprocess_dataset.py tokens"
+            )
+
+
+def trainable(cfg: Config) -> Any:
+    """Filter of the parameters that gradients train: the dynamics model's, and those of a LAM trained along."""
+    parts = ["dynamics"] if cfg.use_gt_actions or cfg.lam_checkpoint else ["dynamics", "lam"]
+    return nnx.All(nnx.Param, nnx.Any(*map(nnx.PathContains, parts)))
+
+
+def clip_flops(cfg: Config, world_cfg: WorldConfig, from_tokens: bool = False) -> int:
+    """Floating-point operations of a training step for one clip; frozen parts only run forward."""
+    flops = 3 * forward_flops(world_cfg.dynamics, cfg.seq_len)
+    if from_tokens:
+        return flops
+    flops += encode_flops(world_cfg.tokenizer, cfg.seq_len)
+    if world_cfg.lam:
+        flops += (infer_flops if cfg.lam_checkpoint else step_flops)(world_cfg.lam, cfg.seq_len)
+    return flops
+
+
 def main(cfg: Config) -> None:
     start(cfg)
-    train, val = (ClipSource(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
+    train, val = (ClipSource(cfg.data_dir, split, cfg.seq_len, tokens_too=True) for split in ("train", "val"))
     world_cfg = world_config(cfg, train)
-    trained = ["dynamics"] + (["lam"] if world_cfg.lam and not cfg.lam_checkpoint else [])
+    if train.metadata.tokens:
+        check_tokens(cfg, train.metadata.tokens)
 
-    def pretrained() -> dict[str, nnx.Module]:
-        frozen: dict[str, nnx.Module] = {"tokenizer": load_tokenizer(cfg.tokenizer_checkpoint)}
-        return frozen | ({"lam": load_lam(cfg.lam_checkpoint)} if cfg.lam_checkpoint else {})
+    def prepare(world: World) -> None:
+        nnx.update(world.tokenizer, nnx.state(load_tokenizer(cfg.tokenizer_checkpoint)))
+        if cfg.lam_checkpoint:
+            nnx.update(world.lam, nnx.state(load_lam(cfg.lam_checkpoint)))
+        world.dynamics.start_from(np.asarray(world.tokenizer.vq.codebook_KL))
 
-    tokenizer, lam, T = world_cfg.tokenizer, world_cfg.lam, cfg.seq_len
-    N = tokenizer.num_patches
-    flops = 3 * forward_flops(world_cfg.dynamics, N + (cfg.model.action_token == "prepend"), T)
-    flops += forward_flops(tokenizer, N, T)
-    if lam:
-        passes = 1 if cfg.lam_checkpoint else 6
-        flops += passes * forward_flops(lam, num_patches(lam.frame_shape, lam.patch_size) + 1, T)
     fit(
         cfg,
         "world",
@@ -224,9 +276,9 @@ def main(cfg: Config) -> None:
         evaluate=lambda world, batch, key: evaluate(world, batch, key, cfg),
         train=train,
         val=val,
-        trainable=nnx.All(nnx.Param, nnx.Any(*map(nnx.PathContains, trained))),
-        pretrained=pretrained,
-        clip_flops=flops,
+        trainable=trainable(cfg),
+        prepare=prepare,
+        clip_flops=clip_flops(cfg, world_cfg, from_tokens=train.metadata.tokens is not None),
     )
 
 

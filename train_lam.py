@@ -8,8 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from models.lam import LAM, LAMConfig
-from models.nn import forward_flops, num_patches
+from models.lam import LAM, LAMConfig, step_flops
 from utils.cli import run
 from utils.data import Batch, ClipSource
 from utils.metrics import perplexity, psnr, usage
@@ -33,7 +32,7 @@ class Config(TrainConfig):
 PRESETS = {
     "coinrun": Config(),
     "tiny": Config(
-        model=LAMConfig(width=128, num_heads=4, num_blocks=1, patch_size=8, codebook_decay=0.95),
+        model=LAMConfig(width=128, num_heads=4, num_blocks=1, patch_size=8, codebook_decay=0.95, unquantized_steps=250),
         batch_size=8,
         seq_len=4,
         num_steps=700,
@@ -92,11 +91,15 @@ def evaluate(model: LAM, batch: Batch, key: jax.Array) -> tuple[dict, jax.Array]
     return metrics, jnp.stack([truth[0], predicted[0]])
 
 
+def clip_flops(cfg: Config, model_cfg: LAMConfig) -> int:
+    """Floating-point operations of a training step for one clip."""
+    return step_flops(model_cfg, cfg.seq_len)
+
+
 def main(cfg: Config) -> None:
     start(cfg)
     train, val = (ClipSource(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
     model_cfg = dataclasses.replace(cfg.model, frame_shape=train.metadata.frame_shape)
-    N = num_patches(model_cfg.frame_shape, model_cfg.patch_size) + 1
     fit(
         cfg,
         "lam",
@@ -106,7 +109,7 @@ def main(cfg: Config) -> None:
         evaluate=evaluate,
         train=train,
         val=val,
-        clip_flops=3 * 2 * forward_flops(model_cfg, N, cfg.seq_len),
+        clip_flops=clip_flops(cfg, model_cfg),
     )
 
 

@@ -8,8 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from models.nn import forward_flops
-from models.tokenizer import Tokenizer, TokenizerConfig
+from models.tokenizer import Tokenizer, TokenizerConfig, step_flops
 from utils.cli import run
 from utils.data import Batch, ClipSource
 from utils.metrics import psnr, ssim, usage
@@ -86,6 +85,11 @@ def evaluate(model: Tokenizer, batch: Batch, key: jax.Array) -> tuple[dict, jax.
     return metrics, jnp.stack([frames[0], recon[0]])
 
 
+def clip_flops(cfg: Config, model_cfg: TokenizerConfig) -> int:
+    """Floating-point operations of a training step for one clip."""
+    return step_flops(model_cfg, cfg.seq_len)
+
+
 def main(cfg: Config) -> None:
     start(cfg)
     train, val = (ClipSource(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
@@ -99,7 +103,7 @@ def main(cfg: Config) -> None:
         evaluate=evaluate,
         train=train,
         val=val,
-        clip_flops=3 * 2 * forward_flops(model_cfg, model_cfg.num_patches, cfg.seq_len),
+        clip_flops=clip_flops(cfg, model_cfg),
     )
 
 

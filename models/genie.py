@@ -1,11 +1,13 @@
 """A world: tokenizer, latent action model and dynamics model together, and how one is loaded from a path."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -135,6 +137,15 @@ def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def fingerprint(model: nnx.Module) -> str:
+    """A hash of a model's variables: equal for equal weights, wherever they lie and whoever saved them."""
+    digest = hashlib.sha256()
+    for path, value in jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
+        array = np.asarray(value)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_tokenizer(path: str | Path, compute: Compute = Compute(), step: int | None = None) -> Tokenizer:  # noqa: B008

@@ -9,7 +9,18 @@ import tyro
 from flax import nnx
 
 from models.errors import InputError
-from models.nn import Compute, STConfig, STTransformer, linear, num_patches, patchify, position_table, unpatchify
+from models.nn import (
+    Compute,
+    STConfig,
+    STTransformer,
+    linear,
+    linear_flops,
+    num_patches,
+    patchify,
+    position_table,
+    transformer_flops,
+    unpatchify,
+)
 from models.vq import VectorQuantizer
 
 
@@ -27,6 +38,8 @@ class LAMConfig(STConfig):
     """Of the moving average by which codes follow the encoder."""
     reset_after: int = 15
     """Steps without use after which a code is moved to a latent of the batch; 0 never."""
+    unquantized_steps: int = 2000
+    """Steps at the start in which actions stay unquantised, so that the decoder learns to heed them."""
     frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
     """(H, W, C), set from the dataset."""
 
@@ -53,6 +66,23 @@ class ActionReconstruction(NamedTuple):
     commitment: jax.Array
 
 
+def infer_flops(cfg: LAMConfig, num_frames: int) -> int:
+    """Of inferring the actions of one clip; see `models.nn.transformer_flops`."""
+    N, channels = num_patches(cfg.frame_shape, cfg.patch_size), cfg.patch_size**2 * cfg.frame_shape[2]
+    return transformer_flops(cfg, N + 1, num_frames) + linear_flops(N * num_frames, 2 * channels, cfg.width)
+
+
+def step_flops(cfg: LAMConfig, num_frames: int) -> int:
+    """Of a training step for one clip, forward and backward; the decoder sees all frames but the last."""
+    N, channels, Tm1 = (
+        num_patches(cfg.frame_shape, cfg.patch_size),
+        cfg.patch_size**2 * cfg.frame_shape[2],
+        num_frames - 1,
+    )
+    decoder = transformer_flops(cfg, N, Tm1) + linear_flops(N * Tm1, channels, cfg.width, channels)
+    return 3 * (infer_flops(cfg, num_frames) + decoder)
+
+
 class LAM(nnx.Module):
     """Infers the action from all frames up to the next; predicts the next from the past and the action alone."""
 
@@ -66,13 +96,19 @@ class LAM(nnx.Module):
         self.encoder = STTransformer(cfg, compute, rngs)
         self.code_in = linear(cfg.width, cfg.code_width, compute, rngs)
         self.vq = VectorQuantizer(
-            cfg.num_codes, cfg.code_width, cfg.codebook_decay, cfg.reset_after, rngs, centred=True
+            cfg.num_codes,
+            cfg.code_width,
+            cfg.codebook_decay,
+            cfg.reset_after,
+            rngs,
+            centred=True,
+            unquantized_steps=cfg.unquantized_steps,
         )
         self.code_out = linear(cfg.code_width, cfg.width, compute, rngs, bias=True)
         self.past_in = linear(channels, cfg.width, compute, rngs, bias=True)
         self.decoder_position_NM = position_table(N, cfg.width, rngs)
         self.decoder = STTransformer(cfg, compute, rngs)
-        self.patch_out = linear(cfg.width, channels, compute, rngs, bias=True)
+        self.patch_out = linear(cfg.width, channels, compute, rngs, scale=0.0, bias=True)
 
     def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> ActionReconstruction:
         """Infers the actions of a clip in [0, 1] and predicts each next frame from them."""
@@ -91,7 +127,7 @@ class LAM(nnx.Module):
         # Added to every patch, as the paper does: as one token among many it would go unheard for thousands of steps.
         x = self.past_in(2.0 * patches_BTNP - 1.0) + self.code_out(actions_BTm1L)[:, :, None]
         x = self.decoder(x + self.decoder_position_NM[...])
-        # The decoder says what changes: a copy of the last frame is where learning starts, not what it must learn.
+        # The decoder says what changes, at first nothing: learning starts from a copy of the last frame.
         next_BTNP = patches_BTNP.astype(jnp.float32) + self.patch_out(x).astype(jnp.float32)
         return unpatchify(next_BTNP, self.cfg.patch_size, self.cfg.frame_shape)
 

@@ -9,6 +9,7 @@ Names carry shapes as suffixes, in one alphabet for the whole project:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -83,13 +84,19 @@ def unpatchify(patches_BTNP: jax.Array, patch_size: int, frame_shape: tuple[int,
     return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, T, rows * p, cols * p, C)[:, :, :H, :W]
 
 
-def forward_flops(cfg: "STConfig", num_patches: int, num_frames: int) -> int:
+def transformer_flops(cfg: "STConfig", num_patches: int, num_frames: int, past: int = 0) -> int:
     """Floating-point operations of an ST-transformer's forward pass over one clip; the backward pass is twice that.
 
-    Counted: matrix products and attention (all N² pairs in space, all T² in time). A product of a and b counts 2.
+    Counted, here and in the models: matrix products and attention (all N² pairs in space, all T² in time, and with a
+    cache all T · past). A product of a and b counts 2.
     """
     M, N, T = cfg.width, num_patches, num_frames
-    return 2 * (16 * M * M + 2 * N * M + 2 * T * M) * T * N * cfg.num_blocks
+    return 2 * (16 * M * M + 2 * N * M + 2 * (T + past) * M) * T * N * cfg.num_blocks
+
+
+def linear_flops(rows: int, *widths: int) -> int:
+    """Of dense layers one after another, forward: rows × widths[0] to widths[1] and so on."""
+    return 2 * rows * sum(a * b for a, b in itertools.pairwise(widths))
 
 
 def num_patches(frame_shape: tuple[int, int, int], patch_size: int) -> int:
@@ -181,13 +188,35 @@ class Attention(nnx.Module):
 
 
 class SpatialAttention(Attention):
-    """Each patch attends to the patches of its own frame."""
+    """Each patch attends to the patches of its own frame; if causal, to itself and those before it."""
+
+    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs, causal: bool = False):
+        super().__init__(cfg, compute, rngs)
+        self.causal = causal
 
     def __call__(self, x_BTNM: jax.Array) -> jax.Array:
         B, T, N, M = x_BTNM.shape
         q, k, v = (x.reshape(B * T, N, self.num_heads, -1) for x in self.heads(x_BTNM))
-        y = attention(q, k, v, causal=False, implementation=self.compute.attention)
+        y = attention(q, k, v, causal=self.causal, implementation=self.compute.attention)
         return self.out(y.reshape(B, T, N, M))
+
+    def one_patch(self, x_B11M: jax.Array, frame: KV, place: jax.Array) -> tuple[jax.Array, KV]:
+        """Causal attention of patch `place` to itself and to those before it.
+
+        Args:
+          frame: Keys and values of the frame (S = 1), filled before `place`.
+        Returns:
+          The output, and `frame` with the patch's own keys and values.
+        """
+        q, *new = self.heads(x_B11M)
+        k, v = (
+            jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), place, axis=2)
+            for old, x in zip(frame, new, strict=True)
+        )
+        scores = jnp.einsum("btpqd,btnqd->btqn", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        scores = jnp.where(jnp.arange(k.shape[2]) <= place, scores, -jnp.inf)
+        y = jnp.einsum("btqn,btnqd->btqd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+        return self.out(y.reshape(x_B11M.shape)), KV(k, v)
 
 
 class TemporalAttention(Attention):
@@ -229,9 +258,9 @@ class TemporalAttention(Attention):
 class STBlock(nnx.Module):
     """Pre-norm residual block: attention over space, attention over time, feed-forward."""
 
-    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs, causal_space: bool = False):
         self.spatial_norm = RMSNorm(cfg.width)
-        self.spatial = SpatialAttention(cfg, compute, rngs)
+        self.spatial = SpatialAttention(cfg, compute, rngs, causal_space)
         self.temporal_norm = RMSNorm(cfg.width)
         self.temporal = TemporalAttention(cfg, compute, rngs)
         self.ffn_norm = RMSNorm(cfg.width)
@@ -239,24 +268,37 @@ class STBlock(nnx.Module):
         self.ffn_out = linear(4 * cfg.width, cfg.width, compute, rngs, scale=0.5 / cfg.num_blocks)
 
     def __call__(self, x_BTNM: jax.Array, past: KV | None, start: jax.Array | int) -> tuple[jax.Array, KV]:
-        # Squared ReLU (So et al. 2021) learns as well as GELU here and takes half the time on a CPU.
-        x_BTNM += self.spatial(self.spatial_norm(x_BTNM))
+        return self._after_space(x_BTNM + self.spatial(self.spatial_norm(x_BTNM)), past, start)
+
+    def one_patch(
+        self, x_B11M: jax.Array, frame: KV, place: jax.Array, past: KV, start: jax.Array | int
+    ) -> tuple[jax.Array, KV, KV]:
+        """The same for one patch of one frame; see `STTransformer.run_patch`."""
+        y_B11M, frame = self.spatial.one_patch(self.spatial_norm(x_B11M), frame, place)
+        x_B11M, kv = self._after_space(x_B11M + y_B11M, past, start)
+        return x_B11M, frame, kv
+
+    def _after_space(self, x_BTNM: jax.Array, past: KV | None, start: jax.Array | int) -> tuple[jax.Array, KV]:
         y_BTNM, kv = self.temporal(self.temporal_norm(x_BTNM), past, start)
         x_BTNM += y_BTNM
+        # Squared ReLU (So et al. 2021) learns as well as GELU here and takes half the time on a CPU.
         x_BTNM += self.ffn_out(jnp.square(jax.nn.relu(self.ffn_in(self.ffn_norm(x_BTNM)))))
         return x_BTNM, kv
 
 
 class STTransformer(nnx.Module):
-    """A stack of ST blocks, with a norm at the end. Blocks are stacked parameters, scanned: they compile once."""
+    """A stack of ST blocks, with a norm at the end. Blocks are stacked parameters, scanned: they compile once.
 
-    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs):
+    With `causal_space` a patch sees those before it in its frame only.
+    """
+
+    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs, causal_space: bool = False):
         self.compute = compute
 
         @nnx.split_rngs(splits=cfg.num_blocks)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs: nnx.Rngs) -> STBlock:
-            return STBlock(cfg, compute, rngs)
+            return STBlock(cfg, compute, rngs, causal_space)
 
         self.blocks = stack(rngs)
         self.norm = RMSNorm(cfg.width)
@@ -284,6 +326,31 @@ class STTransformer(nnx.Module):
         dtype = jnp.dtype(self.compute.dtype)
         x_BTNM, kvs = jax.lax.scan(remat(body, self.compute.remat), x_BTNM.astype(dtype), (stacked, past))
         return self.norm(x_BTNM), kvs
+
+    def run_patch(
+        self, x_B11M: jax.Array, frame: KV, place: jax.Array, past: KV, start: jax.Array | int
+    ) -> tuple[jax.Array, KV, KV]:
+        """Transforms one patch of a frame, of a transformer that is causal in space too.
+
+        Args:
+          frame: Spatial keys and values of the patches before it, stacked over the blocks, S = 1.
+          place: Index of the patch in its frame.
+          past: Temporal keys and values of earlier frames, stacked over the blocks.
+          start: Index of the frame in the whole video.
+        Returns:
+          The output, `frame` with this patch, and this patch's temporal keys and values.
+        """
+        graphdef, stacked = nnx.split(self.blocks)
+        past = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, place, 1, axis=3), past)
+
+        def body(x_B11M: jax.Array, layer: tuple[Any, KV, KV]) -> tuple[jax.Array, tuple[KV, KV]]:
+            params, frame, past = layer
+            x_B11M, frame, kv = nnx.merge(graphdef, params).one_patch(x_B11M, frame, place, past, start)
+            return x_B11M, (frame, kv)
+
+        dtype = jnp.dtype(self.compute.dtype)
+        x_B11M, (frame, kvs) = jax.lax.scan(body, x_B11M.astype(dtype), (stacked, frame, past))
+        return self.norm(x_B11M), frame, kvs
 
 
 def remat(body: Callable, how: str) -> Callable:

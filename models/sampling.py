@@ -28,7 +28,8 @@ from models.nn import KV
 class SamplingConfig:
     """How the tokens of a frame are drawn (Chang et al. 2022). Defaults: Genie, Appendix F.
 
-    A pytree: `steps` and `temperature` may be traced, so that a change of them compiles nothing anew.
+    A causal model draws token after token, so steps and order are of no account there. A pytree: `steps` and
+    `temperature` may be traced, so that a change of them compiles nothing anew.
     """
 
     steps: int = 25
@@ -106,12 +107,16 @@ def next_frame(
         out, _ = world.dynamics.run(tokens_BN[:, None], hidden_BN[:, None], action_B1, *past)
         return out[:, 0]
 
-    tokenizer = world.cfg.tokenizer
-    columns = -(-tokenizer.frame_shape[1] // tokenizer.patch_size)
-    tokens_BN = fill_tokens(logits, (len(action_B), world.cfg.dynamics.num_patches), key, cfg, columns)
-    # Once more with all tokens in view: these keys and values are what later frames see.
-    tokens_B1N = tokens_BN[:, None]
-    _, dynamics = world.dynamics.run(tokens_B1N, jnp.zeros_like(tokens_B1N, bool), action_B1, *past)
+    if world.cfg.dynamics.kind == "causal":
+        tokens_BN, dynamics = _token_by_token(world, state, action_B, key, cfg)
+        tokens_B1N = tokens_BN[:, None]
+    else:
+        tokenizer = world.cfg.tokenizer
+        columns = -(-tokenizer.frame_shape[1] // tokenizer.patch_size)
+        tokens_BN = fill_tokens(logits, (len(action_B), world.cfg.dynamics.num_patches), key, cfg, columns)
+        # Once more with all tokens in view: these keys and values are what later frames see.
+        tokens_B1N = tokens_BN[:, None]
+        _, dynamics = world.dynamics.run(tokens_B1N, jnp.zeros_like(tokens_B1N, bool), action_B1, *past)
     frames_B1HWC, decoder = world.tokenizer.decode_frames(tokens_B1N, state.decoder, state.frame)
 
     def write(ring: jax.Array, new: jax.Array) -> jax.Array:
@@ -124,7 +129,7 @@ def next_frame(
 def rollout(
     world: World, frames_BTHWC: jax.Array, actions_BS: jax.Array, key: jax.Array, cfg: SamplingConfig
 ) -> jax.Array:
-    """Plays a sequence of actions from prompt frames.
+    """Plays a sequence of actions from prompt frames; the batch is spread over all devices where they divide it.
 
     Args:
       frames_BTHWC: T prompt frames in [0, 1].
@@ -132,7 +137,14 @@ def rollout(
     Returns:
       The S + 1 - T predicted frames that follow the prompt, (B, S + 1 - T, H, W, C), float32 in [0, 1].
     """
-    return _rollout(*nnx.split(world), frames_BTHWC, actions_BS, key, cfg)
+    graphdef, variables = nnx.split(world)
+    devices = np.array(jax.local_devices())
+    if len(devices) > 1 and len(actions_BS) % len(devices) == 0:
+        mesh = jax.sharding.Mesh(devices, "data")
+        split, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*p)) for p in (("data",), ()))
+        frames_BTHWC, actions_BS = jax.device_put((frames_BTHWC, actions_BS), split)
+        variables, key = jax.device_put((variables, key), whole)
+    return _rollout(graphdef, variables, frames_BTHWC, actions_BS, key, cfg)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -146,6 +158,29 @@ def _rollout(graphdef, variables, frames_BTHWC, actions_BS, key, cfg):
         return state, frame_BHWC
 
     return jax.lax.scan(play, state, actions_BS[:, T - 1 :].swapaxes(0, 1))[1].swapaxes(0, 1)
+
+
+def _token_by_token(
+    world: World, state: RolloutState, action_B: jax.Array, key: jax.Array, cfg: SamplingConfig
+) -> tuple[jax.Array, KV]:
+    """Draws a frame from a causal model: its tokens (B, N), and its temporal keys and values to keep."""
+    N = world.cfg.dynamics.num_patches
+
+    def draw(carry: tuple[jax.Array, KV], place: jax.Array) -> tuple[tuple[jax.Array, KV], tuple[jax.Array, KV]]:
+        token_B, frame = carry
+        logits_BK, frame, kvs = world.dynamics.run_token(
+            token_B, place, action_B, frame, state.dynamics, state.frame, state.tokens_BN
+        )
+        log_p = jax.nn.log_softmax(logits_BK)
+        noise = cfg.temperature * jax.random.gumbel(jax.random.fold_in(key, place), log_p.shape)
+        token_B = jnp.argmax(restrict(log_p, cfg) + noise, axis=-1).astype(jnp.int32)
+        return (token_B, frame), (token_B, kvs)
+
+    # The spatial cache begins anew in each frame.
+    empty = jax.tree.map(lambda x: jnp.zeros_like(x[:, :, :1]), state.dynamics)
+    _, (tokens_NB, kvs) = jax.lax.scan(draw, (jnp.zeros_like(action_B), empty), jnp.arange(N))
+    # Stacked over places, the axes are (places, blocks, B, 1, 1, Q, D).
+    return tokens_NB.T, jax.tree.map(lambda x: jnp.moveaxis(x[:, :, :, :, 0], 0, 3), kvs)
 
 
 def fill_tokens(

@@ -9,7 +9,19 @@ import tyro
 from flax import nnx
 
 from models.errors import InputError
-from models.nn import KV, Compute, STConfig, STTransformer, linear, num_patches, patchify, position_table, unpatchify
+from models.nn import (
+    KV,
+    Compute,
+    STConfig,
+    STTransformer,
+    linear,
+    linear_flops,
+    num_patches,
+    patchify,
+    position_table,
+    transformer_flops,
+    unpatchify,
+)
 from models.vq import VectorQuantizer
 
 
@@ -51,6 +63,26 @@ class Reconstruction(NamedTuple):
     tokens_BTN: jax.Array
     latents_BTNL: jax.Array
     commitment: jax.Array
+
+
+def encode_flops(cfg: TokenizerConfig, num_frames: int) -> int:
+    """Of tokenizing one clip; see `models.nn.transformer_flops`."""
+    N, channels = cfg.num_patches, cfg.patch_size**2 * cfg.frame_shape[2]
+    layers = linear_flops(N * num_frames, channels, cfg.width, cfg.code_width, cfg.num_codes)
+    return transformer_flops(cfg, N, num_frames) + layers
+
+
+def decode_flops(cfg: TokenizerConfig, num_frames: int, past: int = 0) -> int:
+    """Of decoding the tokens of one clip, after a cache of `past` frames."""
+    N, channels = cfg.num_patches, cfg.patch_size**2 * cfg.frame_shape[2]
+    layers = linear_flops(N * num_frames, cfg.code_width, cfg.width, channels)
+    return transformer_flops(cfg, N, num_frames, past) + layers
+
+
+def step_flops(cfg: TokenizerConfig, num_frames: int) -> int:
+    """Of a training step for one clip, forward and backward; the search for the nearest code has no backward pass."""
+    search = linear_flops(cfg.num_patches * num_frames, cfg.code_width, cfg.num_codes)
+    return 3 * (encode_flops(cfg, num_frames) + decode_flops(cfg, num_frames)) - 2 * search
 
 
 class Tokenizer(nnx.Module):

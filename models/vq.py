@@ -18,7 +18,7 @@ class Codebook(nnx.Variable):
 class Quantized(NamedTuple):
     """What a quantiser gives for latents of shape (..., L).
 
-    vectors: (..., L), unit codes, with the latents' gradient (straight through).
+    vectors: (..., L), unit codes, with the latents' gradient (straight through); unit latents while unquantised.
     codes: (...) int32.
     latents: (..., L), the latents as they came, float32, without gradient; what `update` learns from.
     commitment: Mean squared distance of the unit latents from their codes, float32.
@@ -51,14 +51,25 @@ class VectorQuantizer(nnx.Module):
       centred: Look at latents from their mean: the batch's in training, else its moving average. Without, what latents
         have in common leaves them in one narrow cone and, where codes are few, in one code (Łańcucki et al. 2020).
       reset_after: Steps without use after which a code is moved to a random latent of the batch; 0 never.
+      unquantized_steps: Steps at the start of training in which latents pass as they are, while codes follow them. A
+        decoder that meets codes before they mean anything learns to ignore them.
     """
 
     def __init__(
-        self, num_codes: int, code_width: int, decay: float, reset_after: int, rngs: nnx.Rngs, centred: bool = False
+        self,
+        num_codes: int,
+        code_width: int,
+        decay: float,
+        reset_after: int,
+        rngs: nnx.Rngs,
+        centred: bool = False,
+        unquantized_steps: int = 0,
     ):
         self.decay = decay
         self.reset_after = reset_after
         self.centred = centred
+        self.unquantized_steps = unquantized_steps
+        self.updates = Codebook(jnp.int32(0))
         # Only directions count; lengths weigh a code's past against the batch in `update`.
         self.sums_KL = Codebook(unit(jax.random.normal(rngs.params(), (num_codes, code_width))))
         self.idle_K = Codebook(jnp.zeros(num_codes, jnp.int32))
@@ -78,8 +89,11 @@ class VectorQuantizer(nnx.Module):
         codes = jnp.argmax(jax.lax.stop_gradient(scores), axis=-1).astype(jnp.int32)
         vectors = self.codebook_KL[codes]
         commitment = jnp.mean(jnp.sum(jnp.square(z - vectors), axis=-1))
-        straight_through = z + jax.lax.stop_gradient(vectors - z)
-        return Quantized(straight_through, codes, jax.lax.stop_gradient(latents), commitment)
+        out = z + jax.lax.stop_gradient(vectors - z)
+        if train and self.unquantized_steps:
+            quantizing = self.updates[...] >= self.unquantized_steps
+            out, commitment = jnp.where(quantizing, out, z), jnp.where(quantizing, commitment, 0.0)
+        return Quantized(out, codes, jax.lax.stop_gradient(latents), commitment)
 
     def lookup(self, codes: jax.Array) -> jax.Array:
         """Codes (...) to unit vectors (..., L)."""
@@ -118,3 +132,4 @@ class VectorQuantizer(nnx.Module):
             idle_K = jnp.where(reset_K, 0, idle_K)
         self.sums_KL[...] = sums_KL
         self.idle_K[...] = idle_K
+        self.updates[...] += 1

@@ -47,6 +47,8 @@ def test_tokenizer_sees_no_later_frame():
 
 def test_lam_decoder_sees_past_frames_and_actions_only():
     model = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0))
+    # At the start the decoder repeats the last frame, whatever the action; a trained one does not.
+    model.patch_out.kernel[...] = jax.random.normal(jax.random.key(4), model.patch_out.kernel.shape)
     vectors = jax.random.normal(jax.random.key(2), (B, T - 1, 4))
     past = np.tril(np.ones((T - 1, T - 1), bool))  # row t predicts frame t + 1 from frames and actions up to t
     np.testing.assert_array_equal(influence(lambda x: model.predict(x, vectors), FRAMES[:, :-1]), past)
@@ -75,6 +77,36 @@ def test_dynamics_is_causal_in_tokens_and_actions(action_token):
     causal = np.tril(np.ones((T, T), bool))
     np.testing.assert_array_equal(influence(lambda x: logits(x, actions), table), causal)
     np.testing.assert_array_equal(influence(lambda a: logits(table, a), actions), causal)
+
+
+@pytest.mark.parametrize("action_token", ["prepend", "add"])
+def test_the_causal_model_sees_tokens_before_each_one_and_the_action_that_leads_there(action_token):
+    cfg = dataclasses.replace(DYNAMICS, kind="causal", action_token=action_token)
+    model = Dynamics(cfg, Compute(), nnx.Rngs(0))
+    run = jax.jit(lambda tokens, actions: model(tokens, jnp.zeros_like(tokens, bool), actions))
+    logits = run(TOKENS, ACTIONS)
+    for t, n in ((0, 0), (1, 2), (2, 0), (T - 1, 3)):
+        change = np.abs(run(TOKENS.at[:, t, n].add(1) % 16, ACTIONS) - logits).max(axis=(0, 3)).reshape(-1)
+        assert np.all(change[: t * 4 + n + 1] == 0)  # neither an earlier token nor the one itself
+        assert (t, n) == (T - 1, 3) or change[t * 4 + n + 1 :].max() > 0
+    other = ACTIONS.at[:, 2].set((ACTIONS[:, 2] + 1) % 3)
+    change = np.abs(run(TOKENS, other) - logits).max(axis=(0, 3))
+    assert np.all(change[:2] == 0)
+    assert np.all(change[2] > 0)
+
+
+def test_like_codes_start_with_like_embeddings():
+    model = Dynamics(dataclasses.replace(DYNAMICS, width=64), Compute(), nnx.Rngs(0))
+    codebook = np.array(jax.random.normal(jax.random.key(0), (16, 8)))
+    codebook[1] = codebook[0] + 0.01
+    codebook /= np.linalg.norm(codebook, axis=1, keepdims=True)
+    last = np.asarray(model.token_embedding[-1])
+    model.start_from(codebook)
+    table = np.asarray(model.token_embedding[...])
+    np.testing.assert_array_equal(table[-1], last)
+    likeness = np.corrcoef(table[:-1])
+    assert likeness[0, 1] > 0.5 > likeness[0, 2:].max()
+    assert 0.25 < table.std() < 1
 
 
 def test_an_action_changes_the_frame_it_leads_to_and_nothing_earlier():
@@ -127,6 +159,19 @@ def test_patchify_round_trip(shape, patch):
     patches = patchify(frames, patch)
     assert patches.shape[2] == -(-shape[0] // patch) * -(-shape[1] // patch)
     np.testing.assert_array_equal(unpatchify(patches, patch, shape), frames)
+
+
+def test_unquantized_steps_pass_latents_then_codes():
+    vq = VectorQuantizer(3, 4, 0.9, 0, nnx.Rngs(0), unquantized_steps=2)
+    z = jax.random.normal(jax.random.key(1), (5, 4))
+    unit_z = np.asarray(z) / np.linalg.norm(z, axis=1, keepdims=True)
+    for step in range(3):
+        quantized = vq(z, train=True)
+        codes = vq.lookup(quantized.codes)
+        np.testing.assert_allclose(quantized.vectors, unit_z if step < 2 else codes, atol=1e-5)
+        assert (quantized.commitment == 0) == (step < 2)
+        np.testing.assert_allclose(vq(z).vectors, codes, atol=1e-5)  # outside of training always codes
+        vq.update(quantized.latents, quantized.codes, jax.random.key(step))
 
 
 def test_patches_are_row_by_row():

@@ -31,7 +31,8 @@ from models.genie import load_world
 from models.sampling import SamplingConfig, rollout
 from play import Config, build_app, load_game, open_dataset
 from tests.conftest import CACHE, ROOT
-from utils.game import MAX_UPLOAD, Action, Game, Player, idle_action, matching_actions, read_actions
+from utils.actions import Action, idle_action, read_actions
+from utils.game import MAX_UPLOAD, Game, Player, matching_actions
 from utils.serving import Engine, Request, decode_picture, fit_picture
 from utils.video import read_video
 

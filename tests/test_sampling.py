@@ -1,5 +1,8 @@
 """MaskGIT's schedule, and cached rollouts against plain ones."""
 
+import dataclasses
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +77,56 @@ def test_cached_logits_equal_those_of_the_whole_clip(world):
         tokens[:, -1:], seen[:, -1:], led_by[:, -1:], state.dynamics, state.frame, state.tokens_BN
     )
     np.testing.assert_allclose(last[:, 0], whole[:, -1], atol=1e-5)
+
+
+def test_cached_causal_decoding_equals_teacher_forced_logits():
+    cfg = dataclasses.replace(CONFIG, dynamics=dataclasses.replace(CONFIG.dynamics, kind="causal"))
+    world = World(cfg, Compute(), nnx.Rngs(0))
+    tokens = world.tokenizer.encode(FRAMES)
+    led_by = jnp.pad(ACTIONS, ((0, 0), (1, 0)), constant_values=-1)
+    whole = world.dynamics(tokens, jnp.zeros_like(tokens, bool), led_by)
+    state = start_rollout(world, FRAMES[:, :-1], ACTIONS[:, :-1])
+    frame = jax.tree.map(lambda x: jnp.zeros_like(x[:, :, :1]), state.dynamics)
+    step = jax.jit(
+        lambda token, place, frame: world.dynamics.run_token(
+            token, place, led_by[:, -1], frame, state.dynamics, state.frame, state.tokens_BN
+        )
+    )
+    for place in range(tokens.shape[2]):
+        token = tokens[:, -1, place - 1] if place else jnp.zeros(2, jnp.int32)
+        logits, frame, _ = step(token, jnp.int32(place), frame)
+        np.testing.assert_allclose(logits, whole[:, -1, place], atol=1e-5)
+
+
+def test_a_causal_rollout_equals_one_without_caches():
+    cfg = dataclasses.replace(CONFIG, dynamics=dataclasses.replace(CONFIG.dynamics, kind="causal"))
+    world = World(cfg, Compute(), nnx.Rngs(0))
+    run = jax.jit(lambda tokens, actions: world.dynamics(tokens, jnp.zeros_like(tokens, bool), actions))
+    tokens = np.array(world.tokenizer.encode(FRAMES[:, :2]))
+    for t in range(2, WINDOW):
+        led_by = jnp.pad(ACTIONS[:, :t], ((0, 0), (1, 0)), constant_values=-1)
+        tokens = np.concatenate([tokens, np.zeros_like(tokens[:, :1])], axis=1)
+        for place in range(tokens.shape[2]):
+            tokens[:, t, place] = np.argmax(run(tokens, led_by)[:, t, place], axis=-1)
+    plain = jnp.clip(world.tokenizer.decode(tokens)[:, 2:], 0, 1)
+    cached = rollout(world, FRAMES[:, :2], ACTIONS, jax.random.key(0), SamplingConfig(temperature=0.0))
+    np.testing.assert_allclose(cached, plain, atol=1e-4)
+
+
+def test_a_thousand_frames_take_constant_memory_and_time_per_frame(world):
+    cfg = SamplingConfig(steps=1)
+    step = jax.jit(lambda state, key: next_frame(world, state, jnp.array([1, 2]), key, cfg)[1])
+    state = step(start_rollout(world, FRAMES[:, :1], ACTIONS[:, :0]), jax.random.key(0))
+    sizes, times = [x.nbytes for x in jax.tree.leaves(state)], []
+    for i in range(1000):
+        began = time.perf_counter()
+        state = jax.block_until_ready(step(state, jax.random.key(i)))
+        times.append(time.perf_counter() - began)
+    assert int(state.frame) == 1002
+    assert [x.nbytes for x in jax.tree.leaves(state)] == sizes
+    assert step._cache_size() == 1  # nothing was compiled for a later frame
+    # Medians, and wide bounds: what would grow with the frames would be a hundred times slower by now.
+    assert np.median(times[-300:]) < 3 * np.median(times[:300])
 
 
 def test_long_rollouts_keep_their_size_and_slide(world):

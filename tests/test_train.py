@@ -13,7 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from models.genie import checkpoint_steps, load_lam, load_tokenizer, load_world
-from tests.conftest import CACHE, LAM, ROOT, SMALL, TOKENIZER, make_dataset, script
+from tests.conftest import CACHE, FRAME, LAM, ROOT, SMALL, TOKENIZER, make_clip, make_dataset, script
+from utils.data import Metadata, write_metadata, write_shard
+from utils.video import label, read_image
 
 
 def stored(path, step, item="model"):
@@ -118,6 +120,67 @@ def test_a_world_with_a_lam_trained_along_and_one_with_true_actions(trained, dat
     script("sample", "--checkpoint", tmp_path / "gt", "--actions", "true", "--steps", 2, "--num_clips", 2)
 
 
+def test_a_causal_world_trains_resumes_and_plays(trained, dataset, tmp_path):
+    parts = ["--tokenizer_checkpoint", trained["tokenizer"], "--lam_checkpoint", trained["lam"]]
+    causal = [*SMALL, *parts, "--model.kind", "causal"]
+    script("train_dynamics", *causal, *flags(dataset, tmp_path / "world"))
+    whole = stored(tmp_path / "world", 6)
+    shutil.rmtree(tmp_path / "world" / "6")
+    script("train_dynamics", *causal, *flags(dataset, tmp_path / "world"))
+    assert_same(stored(tmp_path / "world", 6), whole)
+    done = script("sample", "--checkpoint", tmp_path / "world", "--num_frames", 9, "--num_clips", 2)
+    assert len(done.stdout.splitlines()) == 12
+
+
+def test_stored_tokens_give_the_loss_of_the_frames(trained, tmp_path):
+    """With clips of exactly seq_len frames both ways see the same windows in the same order."""
+    frames = tmp_path / "frames"
+    splits = {
+        split: tuple(
+            write_shard(frames, f"{split}/{i}.array_record", [make_clip(100 * k + 10 * i + j, 6) for j in range(9)])
+            for i in range(2)
+        )
+        for k, split in enumerate(("train", "val"))
+    }
+    write_metadata(frames, Metadata("squares", FRAME, 10.0, ("LEFT", "RIGHT"), splits, {}))
+    parts = ["--tokenizer_checkpoint", trained["tokenizer"], "--lam_checkpoint", trained["lam"]]
+    tokens = tmp_path / "tokens"
+    making = ["preprocess_dataset", "tokens", *parts, "--data_dir", frames, "--output_dir", tokens]
+    done = script(*making, "--seq_len", 6, "--batch_size", 8)
+    assert "36 clips of 6 frames as tokens" in done.stdout
+    for name, data in (("plain", frames), ("stored", tokens)):
+        script("train_dynamics", *SMALL, *parts, *flags(data, tmp_path / name))
+    plain, stored_ = losses(tmp_path / "plain"), losses(tmp_path / "stored")
+    assert plain.keys() == stored_.keys()
+    np.testing.assert_allclose(list(stored_.values()), list(plain.values()), rtol=1e-4)
+    for name in stored(tmp_path / "plain", 6):
+        if name.startswith("['dynamics']"):
+            a, b = (stored(tmp_path / run, 6)[name] for run in ("plain", "stored"))
+            np.testing.assert_allclose(a, b, atol=1e-3, err_msg=name)
+
+    refused = {
+        "made with another tokenizer": ["train_dynamics", *SMALL, *flags(tokens, tmp_path / "other"), *parts[2:],
+                                        "--tokenizer_checkpoint", another_tokenizer(trained, tmp_path)],
+        "no LAM can be trained along": ["train_dynamics", *SMALL, *flags(tokens, tmp_path / "other"), *parts[:2]],
+        "have 6 frames": ["train_dynamics", *SMALL, *flags(tokens, tmp_path / "other"), *parts, "--seq_len", 5],
+        "tokens without frames": ["train_tokenizer", *TOKENIZER, *flags(tokens, tmp_path / "other")],
+        "holds a dataset already": making,
+    }  # fmt: skip
+    for message, command in refused.items():
+        done = script(*command, check=False)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def another_tokenizer(trained, tmp_path):
+    """The same training, one checkpoint earlier: other weights."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(trained["tokenizer"], folder)
+    shutil.rmtree(folder / "6")
+    return folder
+
+
 def test_rerunning_a_finished_training_does_nothing_and_more_steps_continue_it(trained, dataset, tmp_path):
     folder = tmp_path / "tokenizer"
     shutil.copytree(trained["tokenizer"], folder)
@@ -200,6 +263,9 @@ def test_sample_writes_videos_a_strip_and_a_table(trained, tmp_path):
     table = json.loads((tmp_path / "inferred" / "rollout.json").read_text())
     assert len(table["psnr"]) == 5
     assert "wrote" in done.stdout
+    script("sample", "--checkpoint", trained["world"], "--actions", "sweep", "--steps", 2, "--output_dir", tmp_path)
+    H, W, _ = label(np.zeros((32, 32, 3), np.uint8), "").shape  # a frame, doubled
+    assert read_image(tmp_path / "sweep.png").shape == (3 * H + 2 * 2, 6 * W + 5 * 2, 3)  # three actions, six frames
     script("sample", "--checkpoint", trained["world"], "--actions", "1", "--num_frames", 20, "--output_dir", tmp_path,
            "--num_clips", 2)  # fmt: skip
 

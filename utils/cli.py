@@ -1,5 +1,7 @@
 """From the command line to `main`: parsing, presets and one-line errors."""
 
+import ctypes
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -22,6 +24,7 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Mapping[s
 
     Input errors and failed file operations become one line on stderr and exit status 1, Ctrl-C exit status 130.
     """
+    keep_freed_memory()
     try:
         main(parse(config, presets, sys.argv[1:]))
     except (InputError, OSError) as error:
@@ -30,6 +33,22 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Mapping[s
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def keep_freed_memory() -> None:
+    """Has malloc keep freed memory instead of giving it back to the system, where JAX computes on CPUs.
+
+    XLA's CPU backend frees all its buffers after each step; glibc would hand such large blocks back, and a quarter of
+    the next step would go into getting them anew, page by page. Works only before JAX starts its threads.
+    """
+    libc = ctypes.CDLL(None)
+    if os.path.exists("/dev/nvidiactl") or not hasattr(libc, "mallopt"):  # a GPU, or a C library without such options
+        return
+    arena_max, mmap_max, top_pad, trim_threshold = -8, -4, -2, -1  # names in malloc.h
+    libc.mallopt(arena_max, 1)
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(top_pad, 2**30)
+    libc.mallopt(trim_threshold, -1)
 
 
 def parse(config: type[Config], presets: Mapping[str, Config] | None, args: list[str]) -> Config:

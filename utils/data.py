@@ -7,6 +7,8 @@ A dataset is a folder:
 
 Within a file the longest clips come first, so that the clips of at least T frames are a prefix that the metadata
 alone can tell. Records are msgpack: nothing read from a dataset is ever executed.
+
+A token dataset (`preprocess_dataset.py tokens`) holds what a tokenizer and a LAM make of frames, in their place.
 """
 
 import dataclasses
@@ -30,39 +32,51 @@ SPLITS = ("train", "val", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Consecutive frames of one episode.
+    """Consecutive frames of one episode, or their tokens.
 
-    frames_THWC: uint8.
+    frames_THWC: uint8; None in a token dataset.
     actions_T: int32 or None; `actions_T[t]` leads from frame t to frame t + 1 (the last one leads out of the clip).
     rewards_T: float32 or None; `rewards_T[t]` was earned by `actions_T[t]`.
     level_seed: The level of the environment, or None.
     clip_id: Unique in its dataset.
+    tokens_TN: uint16; None in a dataset of frames.
+    latent_actions_T: uint8, aligned like `actions_T`, the last one 0; None without a LAM.
     """
 
-    frames_THWC: np.ndarray
+    frames_THWC: np.ndarray | None
     clip_id: str
     actions_T: np.ndarray | None = None
     rewards_T: np.ndarray | None = None
     level_seed: int | None = None
+    tokens_TN: np.ndarray | None = None
+    latent_actions_T: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Frames."""
+        held = self.frames_THWC if self.frames_THWC is not None else self.tokens_TN
+        assert held is not None
+        return len(held)
 
 
 def encode_clip(clip: Clip) -> bytes:
     """Packs a clip into one self-describing record."""
-    frames = clip.frames_THWC
-    if frames.dtype != np.uint8 or frames.ndim != 4:
-        raise ValueError(f"frames must be uint8 (T, H, W, C), not {frames.dtype} {frames.shape}")
-    record: dict[str, Any] = {
-        "version": FORMAT_VERSION,
-        "clip_id": clip.clip_id,
-        "shape": frames.shape,
-        "dtype": "uint8",
-        "frames": frames.tobytes(),
-        "level_seed": clip.level_seed,
-    }
-    for name, values, dtype in (("actions", clip.actions_T, "<i4"), ("rewards", clip.rewards_T, "<f4")):
+    frames, tokens = clip.frames_THWC, clip.tokens_TN
+    record: dict[str, Any] = {"version": FORMAT_VERSION, "clip_id": clip.clip_id, "level_seed": clip.level_seed}
+    if frames is not None:
+        if frames.dtype != np.uint8 or frames.ndim != 4:
+            raise ValueError(f"frames must be uint8 (T, H, W, C), not {frames.dtype} {frames.shape}")
+        record |= {"shape": frames.shape, "dtype": "uint8", "frames": frames.tobytes()}
+    else:
+        assert tokens is not None
+        record |= {"shape": tokens.shape, "dtype": "<u2", "tokens": np.asarray(tokens, "<u2").tobytes()}
+    for name, values, dtype in (
+        ("actions", clip.actions_T, "<i4"),
+        ("rewards", clip.rewards_T, "<f4"),
+        ("latent_actions", clip.latent_actions_T, "u1"),
+    ):
         if values is not None:
-            if len(values) != len(frames):
-                raise ValueError(f"{len(values)} {name} for {len(frames)} frames")
+            if len(values) != len(clip):
+                raise ValueError(f"{len(values)} {name} for {len(clip)} frames")
             record[name] = np.asarray(values, dtype).tobytes()
     return msgpack.packb(record)
 
@@ -78,13 +92,20 @@ def decode_clip(record: bytes, source: str = "record") -> Clip:
         version = fields["version"]
         if version != FORMAT_VERSION:
             raise InputError(f"{source}: record format {version}, expected {FORMAT_VERSION}; generate the data again")
-        actions, rewards = fields.get("actions"), fields.get("rewards")
+
+        def array(name: str, dtype: str) -> np.ndarray | None:
+            return None if name not in fields else np.frombuffer(fields[name], dtype)
+
+        held = "tokens" if "tokens" in fields else "frames"
+        content = np.frombuffer(fields[held], fields["dtype"]).reshape(fields["shape"])
         return Clip(
-            frames_THWC=np.frombuffer(fields["frames"], fields["dtype"]).reshape(fields["shape"]),
+            frames_THWC=content if held == "frames" else None,
             clip_id=fields["clip_id"],
-            actions_T=None if actions is None else np.frombuffer(actions, "<i4"),
-            rewards_T=None if rewards is None else np.frombuffer(rewards, "<f4"),
+            actions_T=array("actions", "<i4"),
+            rewards_T=array("rewards", "<f4"),
             level_seed=fields.get("level_seed"),
+            tokens_TN=content if held == "tokens" else None,
+            latent_actions_T=array("latent_actions", "u1"),
         )
     except InputError:
         raise
@@ -109,6 +130,21 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenInfo:
+    """What made the tokens of a token dataset.
+
+    tokenizer, lam: Fingerprints (`models.genie.fingerprint`); no LAM, no latent actions.
+    window: Frames in each clip. Tokens depend on the frames before them from the clip's first on, so clips stay whole.
+    frames: Path of the dataset of frames.
+    """
+
+    tokenizer: str
+    lam: str | None
+    window: int
+    frames: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Metadata:
     """What `metadata.json` holds.
 
@@ -118,6 +154,7 @@ class Metadata:
     action_names: Names of the discrete actions, or None for video without actions.
     splits: Shards of "train", "val" and "test".
     made_by: Command, arguments, seeds and versions that made the dataset.
+    tokens: Of a token dataset; None where there are frames.
     """
 
     environment: str
@@ -126,6 +163,7 @@ class Metadata:
     action_names: tuple[str, ...] | None
     splits: dict[str, tuple[Shard, ...]]
     made_by: dict[str, Any]
+    tokens: TokenInfo | None = None
 
     @property
     def num_actions(self) -> int:
@@ -165,7 +203,7 @@ def read_metadata(folder: str | Path) -> Metadata:
         version = fields.pop("format_version")
         if version != FORMAT_VERSION:
             raise InputError(f"{path}: format version {version}, expected {FORMAT_VERSION}; generate the data again")
-        names = fields["action_names"]
+        names, tokens = fields["action_names"], fields.get("tokens")
         return Metadata(
             environment=fields["environment"],
             frame_shape=tuple(fields["frame_shape"]),
@@ -173,6 +211,7 @@ def read_metadata(folder: str | Path) -> Metadata:
             action_names=None if names is None else tuple(names),
             splits={s: tuple(Shard(f["file"], f["lengths"]) for f in files) for s, files in fields["splits"].items()},
             made_by=fields["made_by"],
+            tokens=TokenInfo(**tokens) if tokens else None,
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged metadata ({error!r}); generate the data again") from error
@@ -186,7 +225,7 @@ def write_shard(folder: str | Path, file: str, clips: Iterable[Clip]) -> Shard:
     Raises:
       OSError: The disk is full, or cannot be written to.
     """
-    clips = sorted(clips, key=lambda clip: -len(clip.frames_THWC))  # stable: equal lengths keep their order
+    clips = sorted(clips, key=lambda clip: -len(clip))  # stable: equal lengths keep their order
     path = Path(folder) / file
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -203,7 +242,7 @@ def write_shard(folder: str | Path, file: str, clips: Iterable[Clip]) -> Shard:
         temporary.unlink(missing_ok=True)
     lengths: list[list[int]] = []
     for clip in clips:
-        n = len(clip.frames_THWC)
+        n = len(clip)
         if lengths and lengths[-1][0] == n:
             lengths[-1][1] += 1
         else:
@@ -214,25 +253,44 @@ def write_shard(folder: str | Path, file: str, clips: Iterable[Clip]) -> Shard:
 class Batch(NamedTuple):
     """A batch of clips, cut to the same length.
 
-    frames_BTHWC: uint8.
+    frames_BTHWC: uint8; None from a token dataset.
     actions_BT: int32, `actions_BT[:, t]` leads from frame t to t + 1; None where the dataset has no actions.
+    tokens_BTN: uint16; None from a dataset of frames.
+    latent_actions_BT: uint8, aligned like `actions_BT`.
     """
 
-    frames_BTHWC: Any
+    frames_BTHWC: Any = None
     actions_BT: Any = None
+    tokens_BTN: Any = None
+    latent_actions_BT: Any = None
 
 
 class ClipSource:
     """Random access to the clips of one split that have at least `seq_len` frames.
+
+    Args:
+      folder: The dataset's.
+      split: "train", "val" or "test".
+      seq_len: Frames that `windows` cuts from a clip.
+      tokens_too: Whether a token dataset will do.
 
     Raises:
       InputError: Nothing to read: no dataset, no files, no clip that is long enough, or files that do not hold what
         the metadata says.
     """
 
-    def __init__(self, folder: str | Path, split: str, seq_len: int):
+    def __init__(self, folder: str | Path, split: str, seq_len: int, tokens_too: bool = False):
         self.folder, self.split, self.seq_len = Path(folder), split, seq_len
         self.metadata = read_metadata(folder)
+        tokens = self.metadata.tokens
+        if tokens and not tokens_too:
+            raise InputError(
+                f"--data_dir {folder}: holds tokens without frames; name a dataset of frames, {tokens.frames}"
+            )
+        if tokens and tokens.window != seq_len:
+            raise InputError(
+                f"--seq_len {seq_len}: the clips of the token dataset {folder} have {tokens.window} frames"
+            )
         shards = self.metadata.splits.get(split, ())
         if not shards:
             raise InputError(f"--data_dir {folder}: the dataset has no clips in its {split} split; generate more data")
@@ -259,31 +317,50 @@ class ClipSource:
 
     def clips(self, indices: Sequence[int]) -> list[Clip]:
         """Reads whole clips in one batched read."""
-        shards = np.searchsorted(self._ends, indices, side="right")
-        records = self._source.__getitems__([int(i + self._shifts[s]) for i, s in zip(indices, shards, strict=True)])
         return [
             decode_clip(record, f"{self.folder}/{self.split}: clip {i}")
-            for i, record in zip(indices, records, strict=True)
+            for i, record in zip(indices, self.records(indices), strict=True)
         ]
+
+    def records(self, indices: Sequence[int]) -> Sequence[bytes]:
+        """The clips as they are stored, decompressed."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        return self._source.__getitems__([int(i + self._shifts[s]) for i, s in zip(indices, shards, strict=True)])
 
     def windows(self, indices: Sequence[int], positions: Sequence[float]) -> Batch:
         """Reads a batch: from each clip `seq_len` frames, from the place that `positions` (in [0, 1)) names."""
         clips = self.clips(indices)
+        if self.metadata.tokens:
+            return self._tokens(clips)
         frames = np.empty((len(clips), self.seq_len, *self.metadata.frame_shape), np.uint8)
         actions = np.empty((len(clips), self.seq_len), np.int32) if self.metadata.action_names else None
         for i, (clip, position) in enumerate(zip(clips, positions, strict=True)):
-            if clip.frames_THWC.shape[1:] != self.metadata.frame_shape:
+            found = None if clip.frames_THWC is None else clip.frames_THWC.shape[1:]
+            if found != self.metadata.frame_shape:
                 raise InputError(
-                    f"{self.folder}/{self.split}: clip {clip.clip_id} has frames {clip.frames_THWC.shape[1:]}, the "
-                    f"metadata says {self.metadata.frame_shape}; generate the data again"
+                    f"{self.folder}/{self.split}: clip {clip.clip_id} has frames {found}, the metadata says "
+                    f"{self.metadata.frame_shape}; generate the data again"
                 )
-            start = int(position * (len(clip.frames_THWC) - self.seq_len + 1))
-            frames[i] = clip.frames_THWC[start : start + self.seq_len]
+            start = int(position * (len(clip) - self.seq_len + 1))
+            frames[i] = clip.frames_THWC[start : start + self.seq_len]  # type: ignore[index]
             if actions is not None:
                 if clip.actions_T is None:
                     raise InputError(f"{self.folder}/{self.split}: clip {clip.clip_id} has no actions; generate again")
                 actions[i] = clip.actions_T[start : start + self.seq_len]
         return Batch(frames, actions)
+
+    def _tokens(self, clips: Sequence[Clip]) -> Batch:
+        """The same from a token dataset, whose clips have `seq_len` frames."""
+
+        def stack(name: str, dtype: Any) -> np.ndarray | None:
+            values = [getattr(clip, name) for clip in clips]
+            return None if values[0] is None else np.stack(values).astype(dtype)
+
+        return Batch(
+            actions_BT=stack("actions_T", np.int32),
+            tokens_BTN=stack("tokens_TN", np.uint16),
+            latent_actions_BT=stack("latent_actions_T", np.uint8),
+        )
 
 
 def _check_file(file: Path, shard: Shard) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import logging
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from aiohttp import ClientError, WSCloseCode, WSMsgType, web
 
 from models.errors import InputError
 from models.sampling import RolloutState, SamplingConfig
+from utils.actions import Action, idle_action
 from utils.data import ClipSource
 from utils.serving import Engine, Request, decode_picture, fit_picture
 from utils.video import label, upscale, write_video
@@ -30,45 +30,6 @@ MAX_RECORDING = 600, 50_000_000  # frames, bytes
 SEND_TIMEOUT_S = 20  # after which a browser that takes nothing in is cut off
 IDLE_TIMEOUT_S = 15 * 60  # after which a player who asks for nothing makes room
 CLOSED = (ConnectionError, ClientError)
-
-
-@dataclasses.dataclass(frozen=True)
-class Action:
-    """What is known of an action.
-
-    name: What it mostly does; empty if unknown.
-    share: Of the steps that a latent action was inferred for, the part that did what the name says; None if unknown.
-    count: Steps of the dataset that it was inferred for.
-    """
-
-    name: str = ""
-    share: float | None = None
-    count: int = 0
-
-
-def read_actions(checkpoint: str, num_actions: int, names: tuple[str, ...] | None) -> list[Action]:
-    """Labels of a world's actions: those in its folder's action_labels.json, else `names` if they fit, else empty."""
-    file = Path(checkpoint) / "action_labels.json"
-    try:
-        if file.is_file():
-            rows = json.loads(file.read_text())
-            if len(rows) != num_actions:
-                raise ValueError(f"{len(rows)} labels for {num_actions} actions")
-            return [
-                Action(str(row["name"] or ""), float(row["share"]) if row["count"] else None, int(row["count"]))
-                for row in rows
-            ]
-    except (ValueError, TypeError, KeyError) as error:
-        print(f"warning: {file} is left aside: {error!r}", file=sys.stderr)
-    if names is not None and len(names) == num_actions:
-        return [Action(name) for name in names]
-    return [Action()] * num_actions
-
-
-def idle_action(actions: list[Action]) -> int:
-    """The action to take while no key is held: the one that does nothing, by its label, else the most frequent."""
-    still = [action.name.upper() in ("NONE", "NOOP", "NO-OP", "STAY") for action in actions]
-    return max(range(len(actions)), key=lambda i: (still[i], actions[i].count))
 
 
 def matching_actions(ours: list[Action], theirs: list[Action]) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -118,7 +119,7 @@ def fit(
     train: ClipSource,
     val: ClipSource,
     trainable: Any = nnx.Param,
-    pretrained: Callable[[], dict[str, nnx.Module]] = dict,
+    prepare: Callable[[Any], None] = lambda model: None,
     clip_flops: float = 0.0,
 ) -> None:
     """Trains until `num_steps`, from wherever `ckpt_dir` stands.
@@ -131,7 +132,7 @@ def fit(
       train_step: (state, batch, key) to (state, metrics); its metrics include `loss` and `grad_norm`.
       evaluate: (model, batch, key) to (metrics, videos (R, T, H, W, C) in [0, 1] to show above each other).
       trainable: nnx filter of the parameters that gradients train.
-      pretrained: Gives, for a new training, trained models by the name of the submodule they replace.
+      prepare: Changes the model of a new training in place; puts trained parts into it.
       clip_flops: Of a training step, for one clip.
     """
     folder = Path(cfg.ckpt_dir)
@@ -154,7 +155,7 @@ def fit(
         state, meta = restored
         first_step = meta["step"]
     else:
-        state = _with_parts(jax.jit(create, out_shardings=shardings)(), pretrained(), shardings)
+        state = _prepared(jax.jit(create, out_shardings=shardings)(), prepare, shardings)
         first_step = 0
     is_main = jax.process_index() == 0
     if is_main:
@@ -252,15 +253,13 @@ def fit(
         print(f"stopped by a signal after step {step}, which is saved; run again to resume", flush=True)
 
 
-def _with_parts(state: TrainState, parts: dict[str, nnx.Module], shardings: Any) -> TrainState:
-    """Puts trained models in the place of submodules."""
-    if not parts:
-        return state
+def _prepared(state: TrainState, prepare: Callable[[Any], None], shardings: Any) -> TrainState:
+    """The state with its model changed by `prepare`; nothing has been trained yet, so a moving average starts there."""
     model = state.model()
-    for name, part in parts.items():
-        nnx.update(getattr(model, name), nnx.state(part))
+    prepare(model)
     params, rest = state.split(nnx.state(model))
-    return jax.device_put(dataclasses.replace(state, params=params, rest=rest), shardings)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return jax.device_put(dataclasses.replace(state, params=params, rest=rest, ema=ema), shardings)
 
 
 def _describe(cfg: TrainConfig, state: TrainState, first_step: int) -> str:

@@ -223,6 +223,16 @@ def strip(rows_RTHWC: np.ndarray | Sequence[np.ndarray], gap: int = 2) -> np.nda
     return image
 
 
+def sweep(frames_ATHWC: np.ndarray, names: Sequence[str], scale: int = 2) -> np.ndarray:
+    """One row for each action, held throughout from the same prompt; its number and name stand over the first frame."""
+    return strip(
+        [
+            np.stack([label(frame, "" if t else f"{a} {names[a]}") for t, frame in enumerate(upscale(row, scale))])
+            for a, row in enumerate(frames_ATHWC)
+        ]
+    )
+
+
 def _nearest(tick: Fraction) -> int:
     """The nearest whole number, the smaller one of two."""
     return math.ceil(tick - Fraction(1, 2))

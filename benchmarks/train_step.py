@@ -1,0 +1,114 @@
+"""Speed of a training step against the machine's limits.
+
+python -m benchmarks.train_step --model tokenizer --preset bench
+python -m benchmarks.train_step --model dynamics --from_tokens --preset bench --json
+"""
+
+import dataclasses
+import statistics
+import time
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+import train_dynamics
+import train_lam
+import train_tokenizer
+from benchmarks.common import Output, floor, peak_memory, random_frames, seconds, show
+from models.genie import World, WorldConfig
+from models.lam import LAM
+from models.nn import Compute
+from models.tokenizer import Tokenizer
+from utils.cli import run
+from utils.data import Batch
+from utils.optim import make_optimizer
+from utils.state import TrainState
+from utils.train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Output, Compute):
+    """Measures one training step: medians of many, with the batch on the device already."""
+
+    model: Literal["tokenizer", "lam", "dynamics"] = "tokenizer"
+    """Which training."""
+    preset: Literal["bench", "tiny", "coinrun"] = "bench"
+    """Its size, batch included."""
+    from_tokens: bool = False
+    """For the dynamics model: from stored tokens and latent actions instead of from frames."""
+    batch_size: int = 0
+    """Clips in a batch; 0: the preset's."""
+    steps: int = 15
+    """Steps to time, after three of warm-up."""
+
+
+def setting(cfg: Config) -> tuple[TrainConfig, Any, Any, Any, Any]:
+    """The training's config, how its model is built, its step, what gradients train, and the FLOPs of a clip."""
+    compute = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Compute)}
+    script: Any = {"tokenizer": train_tokenizer, "lam": train_lam, "dynamics": train_dynamics}[cfg.model]
+    train_cfg = dataclasses.replace(script.PRESETS[cfg.preset], **compute)
+    if cfg.batch_size:
+        train_cfg = dataclasses.replace(train_cfg, batch_size=cfg.batch_size)
+    if cfg.model != "dynamics":
+        model = {"tokenizer": Tokenizer, "lam": LAM}[cfg.model]
+        flops = script.clip_flops(train_cfg, train_cfg.model)
+        return train_cfg, lambda: model(train_cfg.model, cfg, nnx.Rngs(0)), script.train_step, nnx.Param, flops
+    # The LAM stands for a loaded one: it infers and is not trained.
+    train_cfg = dataclasses.replace(train_cfg, lam_checkpoint="loaded")
+    tokenizer = train_tokenizer.PRESETS[cfg.preset].model
+    dynamics = dataclasses.replace(train_cfg.model, num_codes=tokenizer.num_codes, num_patches=tokenizer.num_patches)
+    world_cfg = WorldConfig(tokenizer, train_lam.PRESETS[cfg.preset].model, dynamics, train_cfg.seq_len)
+    flops = script.clip_flops(train_cfg, world_cfg, from_tokens=cfg.from_tokens)
+    return train_cfg, lambda: World(world_cfg, cfg, nnx.Rngs(0)), script.train_step, script.trainable(train_cfg), flops
+
+
+def batch_of(cfg: Config, train_cfg: TrainConfig) -> Batch:
+    """Noise in the place of clips, or of their tokens."""
+    B, T = train_cfg.batch_size, train_cfg.seq_len
+    if not cfg.from_tokens:
+        return Batch(random_frames((B, T, 64, 64, 3)))
+    rng = np.random.default_rng(0)
+    tokenizer, lam = train_tokenizer.PRESETS[cfg.preset].model, train_lam.PRESETS[cfg.preset].model
+    tokens = rng.integers(0, tokenizer.num_codes, (B, T, tokenizer.num_patches), np.uint16)
+    return Batch(tokens_BTN=tokens, latent_actions_BT=rng.integers(0, lam.num_codes, (B, T), np.uint8))
+
+
+def main(cfg: Config) -> None:
+    train_cfg, build, train_step, trainable, clip_flops = setting(cfg)
+    optimizer = make_optimizer(train_cfg, train_cfg.num_steps)
+    state = jax.jit(lambda: TrainState.create(build(), trainable, optimizer, False))()
+    batch = jax.device_put(batch_of(cfg, train_cfg))
+    key = jax.random.key(0)
+
+    began = time.perf_counter()
+    step = jax.jit(lambda s, b, k: train_step(s, b, k, train_cfg), donate_argnums=0).lower(state, batch, key).compile()
+    compile_s = time.perf_counter() - began
+
+    def once() -> jax.Array:
+        nonlocal state
+        state, metrics = step(state, batch, key)
+        return metrics["loss"]
+
+    times = seconds(once, cfg.steps, warm_up=3)
+    memory: Any = step.memory_analysis()
+    # At the least, the state is read and written once, and so is what the step keeps between its two passes.
+    traffic = 2 * (memory.alias_size_in_bytes + memory.temp_size_in_bytes)
+    flops = float(clip_flops * train_cfg.batch_size)
+    limits = floor(flops, traffic, cfg.dtype)
+    step_s = statistics.median(times)
+    values = {
+        "step_ms": 1e3 * step_s,
+        "compile_s": compile_s,
+        "flops_per_step": flops,
+        "mfu": flops / step_s / float(limits["peak_flops"]),
+        **limits,
+        "peak_memory_mib": (peak_memory() or memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20,
+    }
+    source = " from tokens" if cfg.from_tokens else ""
+    show(f"train_step {cfg.model}{source}, {cfg.preset} preset, {cfg.dtype}, remat {cfg.remat}", values, cfg.json)
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,45 @@
+"""What a world's actions do: the labels that evaluate.py leaves beside a checkpoint."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+    """What is known of an action.
+
+    name: What it mostly does; empty if unknown.
+    share: Of the steps that a latent action was inferred for, the part that did what the name says; None if unknown.
+    count: Steps of the dataset that it was inferred for.
+    """
+
+    name: str = ""
+    share: float | None = None
+    count: int = 0
+
+
+def read_actions(checkpoint: str, num_actions: int, names: tuple[str, ...] | None) -> list[Action]:
+    """Labels of a world's actions: those in its folder's action_labels.json, else `names` if they fit, else empty."""
+    file = Path(checkpoint) / "action_labels.json"
+    try:
+        if file.is_file():
+            rows = json.loads(file.read_text())
+            if len(rows) != num_actions:
+                raise ValueError(f"{len(rows)} labels for {num_actions} actions")
+            return [
+                Action(str(row["name"] or ""), float(row["share"]) if row["count"] else None, int(row["count"]))
+                for row in rows
+            ]
+    except (ValueError, TypeError, KeyError) as error:
+        print(f"warning: {file} is left aside: {error!r}", file=sys.stderr)
+    if names is not None and len(names) == num_actions:
+        return [Action(name) for name in names]
+    return [Action()] * num_actions
+
+
+def idle_action(actions: list[Action]) -> int:
+    """The action to take while no key is held: the one that does nothing, by its label, else the most frequent."""
+    still = [action.name.upper() in ("NONE", "NOOP", "NO-OP", "STAY") for action in actions]
+    return max(range(len(actions)), key=lambda i: (still[i], actions[i].count))
