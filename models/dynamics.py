@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from models.nn import KV, Compute, STConfig, STTransformer, linear_flops, position_table, transformer_flops
+from models.nn import KV, Compute, Past, STConfig, STTransformer, linear_flops, position_table, transformer_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Dynamics(nnx.Module):
         tokens_BTN: jax.Array,
         hidden_BTN: jax.Array,
         actions_BT: jax.Array,
-        past: KV | None,
+        past: Past | None,
         start: jax.Array | int,
         previous_BN: jax.Array | None = None,
     ) -> tuple[jax.Array, KV]:
@@ -105,7 +105,7 @@ class Dynamics(nnx.Module):
         place: jax.Array,
         action_B: jax.Array,
         frame: KV,
-        past: KV,
+        past: Past,
         start: jax.Array,
         previous_BN: jax.Array,
     ) -> tuple[jax.Array, KV, KV]:

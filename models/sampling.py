@@ -16,7 +16,7 @@ from flax import nnx
 
 from models.errors import InputError
 from models.genie import World
-from models.nn import KV
+from models.nn import KV, Past
 
 
 @functools.partial(
@@ -64,8 +64,8 @@ class RolloutState(NamedTuple):
     frame: Index of the next frame, int32.
     """
 
-    dynamics: KV
-    decoder: KV
+    dynamics: Past
+    decoder: Past
     tokens_BN: jax.Array
     frame: jax.Array
 
@@ -84,9 +84,7 @@ def start_rollout(world: World, frames_BTHWC: jax.Array, actions_BTm1: jax.Array
     actions_BT = jnp.pad(actions_BTm1[:, : T - 1], ((0, 0), (1, 0)), constant_values=-1)
     _, dynamics = world.dynamics.run(tokens_BTN, jnp.zeros_like(tokens_BTN, bool), actions_BT, None, 0)
     _, decoder = world.tokenizer.decode_frames(tokens_BTN, None, 0)
-    # Stacked over blocks, the axes are (blocks, B, S, N, Q, D).
-    ring = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, S - T)] + [(0, 0)] * 3), (dynamics, decoder))
-    return RolloutState(ring[0], ring[1], tokens_BTN[:, -1], jnp.int32(T))
+    return RolloutState(Past.of(dynamics, S), Past.of(decoder, S), tokens_BTN[:, -1], jnp.int32(T))
 
 
 def next_frame(
@@ -100,7 +98,7 @@ def next_frame(
       The frame (B, H, W, C), float32 in [0, 1], and the state after it.
     """
     action_B1 = action_B[:, None]
-    S = state.dynamics.k_BSNQD.shape[2]
+    S = state.dynamics.k_BNQDS.shape[-1]
     past = state.dynamics, state.frame, state.tokens_BN
 
     def logits(tokens_BN: jax.Array, hidden_BN: jax.Array) -> jax.Array:
@@ -119,11 +117,9 @@ def next_frame(
         _, dynamics = world.dynamics.run(tokens_B1N, jnp.zeros_like(tokens_B1N, bool), action_B1, *past)
     frames_B1HWC, decoder = world.tokenizer.decode_frames(tokens_B1N, state.decoder, state.frame)
 
-    def write(ring: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), state.frame % S, axis=2)
-
-    caches = jax.tree.map(write, (state.dynamics, state.decoder), (dynamics, decoder))
-    return jnp.clip(frames_B1HWC[:, 0], 0.0, 1.0), RolloutState(caches[0], caches[1], tokens_BN, state.frame + 1)
+    slot = state.frame % S
+    caches = state.dynamics.write(dynamics, slot), state.decoder.write(decoder, slot)
+    return jnp.clip(frames_B1HWC[:, 0], 0.0, 1.0), RolloutState(*caches, tokens_BN, state.frame + 1)
 
 
 def rollout(
@@ -164,21 +160,19 @@ def _token_by_token(
     world: World, state: RolloutState, action_B: jax.Array, key: jax.Array, cfg: SamplingConfig
 ) -> tuple[jax.Array, KV]:
     """Draws a frame from a causal model: its tokens (B, N), and its temporal keys and values to keep."""
-    N = world.cfg.dynamics.num_patches
 
-    def draw(carry: tuple[jax.Array, KV], place: jax.Array) -> tuple[tuple[jax.Array, KV], tuple[jax.Array, KV]]:
+    def one_place(carry: tuple[jax.Array, KV], place: jax.Array) -> tuple[tuple[jax.Array, KV], tuple[jax.Array, KV]]:
         token_B, frame = carry
         logits_BK, frame, kvs = world.dynamics.run_token(
             token_B, place, action_B, frame, state.dynamics, state.frame, state.tokens_BN
         )
-        log_p = jax.nn.log_softmax(logits_BK)
-        noise = cfg.temperature * jax.random.gumbel(jax.random.fold_in(key, place), log_p.shape)
-        token_B = jnp.argmax(restrict(log_p, cfg) + noise, axis=-1).astype(jnp.int32)
+        token_B = draw(jax.nn.log_softmax(logits_BK), jax.random.fold_in(key, place), cfg)
         return (token_B, frame), (token_B, kvs)
 
     # The spatial cache begins anew in each frame.
-    empty = jax.tree.map(lambda x: jnp.zeros_like(x[:, :, :1]), state.dynamics)
-    _, (tokens_NB, kvs) = jax.lax.scan(draw, (jnp.zeros_like(action_B), empty), jnp.arange(N))
+    L, B, N, Q, _, D = state.dynamics.v_BNQSD.shape
+    empty = KV(*[jnp.zeros((L, B, 1, N, Q, D), state.dynamics.v_BNQSD.dtype)] * 2)
+    _, (tokens_NB, kvs) = jax.lax.scan(one_place, (jnp.zeros_like(action_B), empty), jnp.arange(N))
     # Stacked over places, the axes are (places, blocks, B, 1, 1, Q, D).
     return tokens_NB.T, jax.tree.map(lambda x: jnp.moveaxis(x[:, :, :, :, 0], 0, 3), kvs)
 
@@ -205,10 +199,7 @@ def fill_tokens(
         tokens_BN, hidden_BN = carry
         token_key, order_key = jax.random.split(jax.random.fold_in(key, i))
         log_p = jax.nn.log_softmax(logits_fn(tokens_BN, hidden_BN))
-        # The Gumbel trick: a draw from the distribution at this temperature, and the likeliest code at temperature 0.
-        noise = cfg.temperature * jax.random.gumbel(token_key, log_p.shape)
-        drawn_BN = jnp.argmax(restrict(log_p, cfg) + noise, axis=-1).astype(jnp.int32)
-        tokens_BN = jnp.where(hidden_BN, drawn_BN, tokens_BN)
+        tokens_BN = jnp.where(hidden_BN, draw(log_p, token_key, cfg), tokens_BN)
         done = (i + 1) / cfg.steps
         if cfg.order == "halton":
             score_BN = -position_BN.astype(jnp.float32)
@@ -226,6 +217,20 @@ def fill_tokens(
     carry = (jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool))
     # cos(pi / 2) is not quite zero in float32, but its product with N is far below one: the last step settles all.
     return jax.lax.fori_loop(0, cfg.steps, step, carry)[0]
+
+
+def draw(log_p: jax.Array, key: jax.Array, cfg: SamplingConfig) -> jax.Array:
+    """Draws codes (...), int32, from log-probabilities (..., K) at a temperature; at 0 the likeliest.
+
+    One random number per code drawn, looked up in the cumulative distribution: K of them, as for Gumbel noise, would
+    take as long as a block of the model.
+    """
+    log_p = restrict(log_p, cfg)
+    log_p -= jnp.max(log_p, axis=-1, keepdims=True)
+    cumulative = jnp.cumsum(jnp.exp(log_p / jnp.maximum(cfg.temperature, 1e-6)), axis=-1)
+    u = jax.random.uniform(key, (*log_p.shape[:-1], 1)) * cumulative[..., -1:]
+    drawn = jnp.sum(cumulative <= u, axis=-1)
+    return jnp.minimum(drawn, log_p.shape[-1] - 1).astype(jnp.int32)
 
 
 def restrict(log_p_BNK: jax.Array, cfg: SamplingConfig) -> jax.Array:

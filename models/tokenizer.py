@@ -12,6 +12,7 @@ from models.errors import InputError
 from models.nn import (
     KV,
     Compute,
+    Past,
     STConfig,
     STTransformer,
     linear,
@@ -115,14 +116,14 @@ class Tokenizer(nnx.Module):
         """Tokens to frames, float32, about [0, 1]."""
         return self._frames(self.vq.lookup(tokens_BTN), None, 0)[0]
 
-    def decode_frames(self, tokens_BTN: jax.Array, past: KV | None, start: jax.Array | int) -> tuple[jax.Array, KV]:
+    def decode_frames(self, tokens_BTN: jax.Array, past: Past | None, start: jax.Array | int) -> tuple[jax.Array, KV]:
         """Decodes a clip, or one frame after a cache; also gives their keys and values (see `STTransformer.run`)."""
         frames, kvs = self._frames(self.vq.lookup(tokens_BTN), past, start, keep=True)
         assert kvs is not None
         return frames, kvs
 
     def _latents(
-        self, frames_BTHWC: jax.Array, past: KV | None, start: jax.Array | int, keep: bool = False
+        self, frames_BTHWC: jax.Array, past: Past | None, start: jax.Array | int, keep: bool = False
     ) -> tuple[jax.Array, KV | None]:
         patches_BTNP = patchify(frames_BTHWC, self.cfg.patch_size)
         x_BTNM = self.patch_in(2.0 * patches_BTNP - 1.0) + self.encoder_position_NM[...]
@@ -130,7 +131,7 @@ class Tokenizer(nnx.Module):
         return self.code_in(x_BTNM), kvs
 
     def _frames(
-        self, codes_BTNL: jax.Array, past: KV | None, start: jax.Array | int, keep: bool = False
+        self, codes_BTNL: jax.Array, past: Past | None, start: jax.Array | int, keep: bool = False
     ) -> tuple[jax.Array, KV | None]:
         # Unit vectors scaled to unit variance, which is what the layer's initialisation expects.
         x_BTNM = self.code_out(codes_BTNL * self.cfg.code_width**0.5) + self.decoder_position_NM[...]

@@ -13,7 +13,7 @@ from models.dynamics import DynamicsConfig
 from models.errors import InputError
 from models.genie import World, WorldConfig
 from models.lam import LAMConfig
-from models.nn import Compute
+from models.nn import KV, Compute
 from models.sampling import SamplingConfig, fill_tokens, halton_ranks, next_frame, restrict, rollout, start_rollout
 from models.tokenizer import TokenizerConfig
 
@@ -86,7 +86,8 @@ def test_cached_causal_decoding_equals_teacher_forced_logits():
     led_by = jnp.pad(ACTIONS, ((0, 0), (1, 0)), constant_values=-1)
     whole = world.dynamics(tokens, jnp.zeros_like(tokens, bool), led_by)
     state = start_rollout(world, FRAMES[:, :-1], ACTIONS[:, :-1])
-    frame = jax.tree.map(lambda x: jnp.zeros_like(x[:, :, :1]), state.dynamics)
+    L, B, N, Q, _, D = state.dynamics.v_BNQSD.shape
+    frame = KV(*[jnp.zeros((L, B, 1, N, Q, D))] * 2)
     step = jax.jit(
         lambda token, place, frame: world.dynamics.run_token(
             token, place, led_by[:, -1], frame, state.dynamics, state.frame, state.tokens_BN
