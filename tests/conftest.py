@@ -1,6 +1,7 @@
 """Fixtures that are dear to make, shared by the tests: a tiny dataset, tiny models, a compile cache."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -65,11 +66,20 @@ TOKENIZER = [*SMALL, "--model.patch_size", "4", "--model.num_codes", "32", "--mo
 LAM = [*SMALL, "--model.patch_size", "8", "--model.num_codes", "3", "--model.code_width", "4"]
 
 
-def script(name: str, *flags: object, devices: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-    """Runs one of the scripts as a user would, on `devices` fake CPU devices."""
+def script(
+    name: str, *flags: object, devices: int = 1, check: bool = True, largest_file: int = 0
+) -> subprocess.CompletedProcess:
+    """Runs one of the scripts as a user would, on `devices` fake CPU devices; writing more to one file may fail."""
+    limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))) if largest_file else None
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, f"{name}.py", *map(str, flags)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+        [sys.executable, f"{name}.py", *map(str, flags)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        preexec_fn=limit,
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

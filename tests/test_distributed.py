@@ -159,6 +159,39 @@ def test_a_killed_run_ends_like_an_unkilled_one(kills, trained, dataset, tmp_pat
         assert_same(stored(tmp_path / "killed", 60, item), stored(tmp_path / "calm", 60, item))
 
 
+def test_a_save_that_finds_no_room_names_the_last_good_checkpoint(half, trained, dataset):
+    """A limit on the size of files fails writes just as a full disk does: late, and in orbax's own threads."""
+    name, model = model_of("tokenizer", trained)
+    folder = half("tokenizer")
+    done = script(name, *model, *flags(dataset, folder), check=False, largest_file=8192)
+    assert done.returncode == 1
+    assert f"the last good checkpoint is {folder}/3" in done.stderr
+    assert checkpoint_steps(folder) == [3]
+    script(name, *model, *flags(dataset, folder))  # once there is room again, the curve goes on
+    assert losses(folder) == losses(trained["tokenizer"])
+    assert_same(stored(folder, 6), stored(trained["tokenizer"], 6))
+
+
+def test_a_folder_that_vanishes_stops_the_training(trained, dataset, tmp_path):
+    name, model = model_of("tokenizer", trained)
+    folder = tmp_path / "tokenizer"
+    flags_ = [*flags(dataset, folder), "--num_steps", 100_000, "--checkpoint_interval", 20, "--log_interval", 20]
+    command = [sys.executable, f"{name}.py", *model, *flags_, "--val_interval", 100_000]
+    running = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not (folder.exists() and checkpoint_steps(folder)):
+            assert running.poll() is None
+            time.sleep(0.2)
+        folder.rename(tmp_path / "elsewhere")
+        _, errors = running.communicate(timeout=300)
+    finally:
+        running.kill()
+    assert running.returncode == 1
+    assert "vanished while this training ran" in errors or "saving a checkpoint failed" in errors
+
+
 def test_retention_keeps_latest_every_and_best(trained, dataset, tmp_path):
     name, model = model_of("tokenizer", trained)
     keep = ["--keep_latest", 1, "--keep_every", 4, "--keep_best", "val_psnr", "--val_interval", 1, "--num_steps", 7]

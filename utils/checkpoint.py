@@ -95,7 +95,8 @@ class Checkpoints:
     """The checkpoints of one training."""
 
     def __init__(self, folder: Path, cfg: CheckpointConfig):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports each phase of each save
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports each phase of each save,
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and a failed one once more for each array
         policies: list[keep.PreservationPolicy] = [keep.LatestN(max(cfg.keep_latest, 1))]
         if cfg.keep_every:
             policies.append(keep.EveryNSteps(cfg.keep_every))
@@ -122,6 +123,8 @@ class Checkpoints:
         step = meta["step"]
         if step in self.manager.all_steps():
             return
+        if not (self.folder / "config.json").is_file():
+            raise OSError(f"{self.folder}: vanished while this training ran; its checkpoints are gone")
         model = nnx.merge_state(state.params, state.rest)
         items = {
             "model": ocp.args.StandardSave(nnx.to_pure_dict(model)),
