@@ -159,6 +159,24 @@ def test_a_killed_run_ends_like_an_unkilled_one(kills, trained, dataset, tmp_pat
         assert_same(stored(tmp_path / "killed", 60, item), stored(tmp_path / "calm", 60, item))
 
 
+def test_rollouts_spread_over_devices_and_stay_the_same(trained, tmp_path):
+    flags_ = ["--checkpoint", trained["world"], "--steps", 2, "--num_clips", 8, "--temperature", 0]
+    tables = []
+    for devices in (1, 8):
+        out = tmp_path / str(devices)
+        script("sample", *flags_, "--output_dir", out, devices=devices)
+        tables.append(json.loads((out / "rollout.json").read_text())["psnr"])
+    np.testing.assert_allclose(tables[1], tables[0], rtol=1e-3)
+
+
+def test_a_trace_and_the_gradients_of_each_component_are_written(dataset, tmp_path):
+    watch = ["--num_steps", 16, "--profile", "--log_gradients", "--debug_nans"]
+    script("train_tokenizer", *TOKENIZER, *flags(dataset, tmp_path), *watch)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    parts = {name.removeprefix("grad_norm/") for name in lines(tmp_path)[0] if name.startswith("grad_norm/")}
+    assert {"encoder", "decoder", "patch_in"} <= parts
+
+
 def test_a_save_that_finds_no_room_names_the_last_good_checkpoint(half, trained, dataset):
     """A limit on the size of files fails writes just as a full disk does: late, and in orbax's own threads."""
     name, model = model_of("tokenizer", trained)
