@@ -42,6 +42,7 @@ def main(cfg: Config) -> None:
     calls, extra = [], []
     with tempfile.TemporaryDirectory(dir=cfg.folder or None) as folder:
         checkpoints = Checkpoints(Path(folder) / "ckpt", CheckpointConfig(keep_latest=cfg.saves))
+        (Path(folder) / "ckpt" / "config.json").write_text("{}")  # marks the folder as a training's
         for _ in range(3):  # compiles; the first donated state settles
             state, _ = jax.block_until_ready(step(state, batch, key))
         checkpoints.save(state, {"step": 0}, {})
