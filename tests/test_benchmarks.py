@@ -1,0 +1,59 @@
+"""The benchmarks run and print what they promise; their figures are not judged here."""
+
+import json
+
+import pytest
+
+from benchmarks import attention, checkpoint, dataloader, generate, sample, train_step
+
+
+def figures(capsys, main, cfg):
+    main(cfg)
+    table, line = capsys.readouterr().out.strip().rsplit("\n", 1)
+    values = json.loads(line)
+    assert all(name in table for name in values.keys() - {"title", "device", "cores", "jax"})
+    return values
+
+
+@pytest.mark.parametrize(("model", "from_tokens"), [("tokenizer", False), ("lam", False), ("dynamics", True)])
+def test_train_step(capsys, model, from_tokens):
+    cfg = train_step.Config(json=True, model=model, from_tokens=from_tokens, preset="tiny", batch_size=1, steps=2)
+    values = figures(capsys, train_step.main, cfg)
+    share = values["flops_per_step"] / (values["step_ms"] / 1e3) / values["peak_flops"]
+    assert values["mfu"] == pytest.approx(share)
+    assert 0 < values["floor_flops_ms"] < values["step_ms"]
+    assert values["bound_by"] in ("FLOPs", "bytes")
+    assert values["peak_memory_mib"] > 1
+
+
+@pytest.mark.parametrize("kind", ["maskgit", "causal"])
+def test_sample(capsys, kind):
+    values = figures(capsys, sample.main, sample.Config(json=True, preset="tiny", kind=kind, steps=2, repeats=1))
+    assert values["frames_per_s"] == pytest.approx(1e3 / values["frame_ms"])
+    assert ("speedup" in values) == (kind == "maskgit")
+
+
+def test_dataloader(capsys, dataset):
+    cfg = dataloader.Config(True, str(dataset), batch_size=4, seq_len=6, num_workers=(0,), seconds=0.3)
+    values = figures(capsys, dataloader.main, cfg)
+    assert values["frames_per_s_0_workers"] > 0
+    assert values["frames_per_s_floor"] > 0
+
+
+def test_checkpoint(capsys, tmp_path):
+    cfg = checkpoint.Config(json=True, preset="tiny", batch_size=1, saves=2, steps=2, folder=str(tmp_path))
+    values = figures(capsys, checkpoint.main, cfg)
+    assert values["size_mib"] > 1
+    assert values["call_ms"] > 0
+
+
+def test_attention(capsys):
+    cfg = attention.Config(json=True, batch_size=1, num_frames=2, num_patches=4, num_heads=1, head_width=8)
+    assert figures(capsys, attention.main, cfg)["space_ms"] > 0
+
+
+def test_generate(capsys):
+    pytest.importorskip("procgen")
+    values = figures(capsys, generate.main, generate.Config(json=True, num_episodes=3))
+    assert values["frames_kept"] > 1000
+    assert values["frames_per_s_floor"] > values["frames_per_s"] > 0
