@@ -136,18 +136,17 @@ class Dynamics(nnx.Module):
         actions_BT: jax.Array,
         previous_BN: jax.Array | None = None,
     ) -> jax.Array:
-        known_BTN = jnp.where(hidden_BTN, self.cfg.num_codes, tokens_BTN)
+        causal = self.cfg.kind == "causal"
+        known_BTN = tokens_BTN if causal else jnp.where(hidden_BTN, self.cfg.num_codes, tokens_BTN)
         if previous_BN is None:
             previous_BN = jnp.full_like(tokens_BTN[:, 0], self.cfg.num_codes)
-        # A hidden place knows which token stood there a frame ago. The logits are products with the same embeddings, so
-        # that what stays as it is, which is most of a video, need not be learned code by code.
-        if self.cfg.kind == "causal":
-            known_BTN = tokens_BTN
         previous_BTN = jnp.concatenate([previous_BN[:, None], known_BTN[:, :-1]], axis=1)
-        if self.cfg.kind == "causal":
+        if causal:
             before_BTN = jnp.roll(tokens_BTN, 1, axis=2)
             first_N = jnp.arange(self.cfg.num_patches) == 0
             return self._causal(before_BTN, actions_BT[..., None], previous_BTN, first_N) + self.position_NM[...]
+        # A hidden place knows which token stood there a frame ago. The logits are products with the same embeddings, so
+        # that what stays as it is, which is most of a video, need not be learned code by code.
         table = self.token_embedding[...]
         x = table[known_BTN] + jnp.where(hidden_BTN[..., None], table[previous_BTN], 0.0)
         actions_BT1M = self.action_embedding[...][actions_BT][:, :, None]  # -1 is the last row
