@@ -151,21 +151,10 @@ def attention(
             f"--attention cudnn: needs an NVIDIA GPU, --dtype bfloat16 and a head width that is a multiple of 8; "
             f"here the backend is {jax.default_backend()}, the dtype {q_BSQD.dtype}, the head width {head_width}"
         )
-    if implementation == "cudnn" or (implementation == "auto" and fits and on_gpu):
-        return jax.nn.dot_product_attention(q_BSQD, k_BSQD, v_BSQD, is_causal=causal, implementation="cudnn")
-    q_BQSD, k_BQSD, v_BQSD = (x.swapaxes(1, 2) for x in (q_BSQD, k_BSQD, v_BSQD))
-    logits_BQSS = jnp.einsum("bqsd,bqtd->bqst", q_BQSD, k_BQSD, preferred_element_type=jnp.float32)
-    logits_BQSS *= head_width**-0.5
-    if causal:
-        S = q_BQSD.shape[2]
-        logits_BQSS = jnp.where(jnp.tril(jnp.ones((S, S), bool)), logits_BQSS, -jnp.inf)
-    # Dividing by the sum after the product with V touches D values per query instead of S.
-    weights_BQSS = jnp.exp(logits_BQSS - jax.lax.stop_gradient(jnp.max(logits_BQSS, axis=-1, keepdims=True)))
-    y_BQSD = jnp.einsum(
-        "bqst,bqtd->bqsd", weights_BQSS.astype(v_BQSD.dtype), v_BQSD, preferred_element_type=jnp.float32
+    flash = implementation == "cudnn" or (implementation == "auto" and fits and on_gpu)
+    return jax.nn.dot_product_attention(
+        q_BSQD, k_BSQD, v_BSQD, is_causal=causal, implementation="cudnn" if flash else "xla"
     )
-    y_BQSD /= jnp.sum(weights_BQSS, axis=-1, keepdims=True)
-    return y_BQSD.astype(v_BQSD.dtype).swapaxes(1, 2)
 
 
 def rotate(x_BTNQD: jax.Array, start: jax.Array | int) -> jax.Array:
@@ -356,7 +345,7 @@ class STTransformer(nnx.Module):
         dtype = jnp.dtype(self.compute.dtype)
         # On a CPU the scan's copying of what the backward pass needs takes a sixth of a step; with activation
         # checkpointing there is little to copy, and unrolled blocks would be merged with their recomputation.
-        unroll = past is None and self.compute.remat == "none" and jax.default_backend() == "cpu"
+        unroll = not keep and self.compute.remat == "none" and jax.default_backend() == "cpu"
         layers = (stacked, past)
         x_BTNM, kvs = jax.lax.scan(remat(body, self.compute.remat), x_BTNM.astype(dtype), layers, unroll=unroll)
         return self.norm(x_BTNM), kvs
