@@ -51,7 +51,7 @@ class Config(TrainConfig):
     """Learning rate at the last step."""
     warmup_steps: int = 5000
     """Steps of linear warm-up from zero; at most a tenth of a run too short for the recipe."""
-    commitment: float = 0.25
+    commitment: float = 0.0
     """For a LAM that is trained along: weight of the loss that holds latents near their codes."""
 
 

@@ -25,8 +25,8 @@ class Config(TrainConfig):
     """Folder of this training: checkpoints, config.json, metrics.jsonl, images. Running again resumes."""
     num_steps: int = 200_000
     """Steps to train in all; a finished training goes on if this grows."""
-    commitment: float = 0.25
-    """Weight of the loss that holds latents near their codes."""
+    commitment: float = 0.0
+    """Weight of the loss that holds latents near their codes; it soon draws all of them to one or two codes."""
 
 
 PRESETS = {
@@ -40,7 +40,6 @@ PRESETS = {
         warmup_steps=20,
         decay_steps=350,
         beta2=0.95,
-        commitment=0.01,
         val_batches=8,
         log_interval=50,
         val_interval=350,

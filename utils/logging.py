@@ -30,12 +30,13 @@ class Writer(Protocol):
 
 
 class Console:
-    """A live bar on a terminal, plain lines elsewhere."""
+    """A live bar on a terminal, plain lines elsewhere and where tqdm's TQDM_DISABLE is set."""
 
     def __init__(self, name: str, first_step: int, num_steps: int):
+        self.name = name
         self.num_steps = num_steps
         self.start = (first_step, time.monotonic())
-        plain = not sys.stderr.isatty()
+        plain = not sys.stderr.isatty() or "TQDM_DISABLE" in os.environ
         self.bar = tqdm(total=num_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, disable=plain)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -49,7 +50,7 @@ class Console:
             return
         first, began = self.start
         left = (time.monotonic() - began) / max(step - first, 1) * (self.num_steps - step)
-        print(f"step {step}/{self.num_steps}  {shown}  {_clock(left)} left", flush=True)
+        print(f"{self.name} step {step}/{self.num_steps}  {shown}  {_clock(left)} left", flush=True)
 
     def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         pass  # a console shows no pictures
