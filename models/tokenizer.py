@@ -104,13 +104,13 @@ class Tokenizer(nnx.Module):
 
     def __call__(self, frames_BTHWC: jax.Array) -> Reconstruction:
         """Encodes, quantises and decodes frames in [0, 1]."""
-        quantized = self.vq(self._latents(frames_BTHWC, None, 0)[0])
+        quantized = self.vq(self._latents(frames_BTHWC))
         frames, _ = self._frames(quantized.vectors, None, 0)
         return Reconstruction(frames, quantized.codes, quantized.latents, quantized.commitment)
 
     def encode(self, frames_BTHWC: jax.Array) -> jax.Array:
         """Frames in [0, 1] to tokens (B, T, N)."""
-        return self.vq(self._latents(frames_BTHWC, None, 0)[0]).codes
+        return self.vq(self._latents(frames_BTHWC)).codes
 
     def decode(self, tokens_BTN: jax.Array) -> jax.Array:
         """Tokens to frames, float32, about [0, 1]."""
@@ -122,13 +122,10 @@ class Tokenizer(nnx.Module):
         assert kvs is not None
         return frames, kvs
 
-    def _latents(
-        self, frames_BTHWC: jax.Array, past: Past | None, start: jax.Array | int, keep: bool = False
-    ) -> tuple[jax.Array, KV | None]:
+    def _latents(self, frames_BTHWC: jax.Array) -> jax.Array:
         patches_BTNP = patchify(frames_BTHWC, self.cfg.patch_size)
         x_BTNM = self.patch_in(2.0 * patches_BTNP - 1.0) + self.encoder_position_NM[...]
-        x_BTNM, kvs = self.encoder.run(x_BTNM, past, start, keep)
-        return self.code_in(x_BTNM), kvs
+        return self.code_in(self.encoder(x_BTNM))
 
     def _frames(
         self, codes_BTNL: jax.Array, past: Past | None, start: jax.Array | int, keep: bool = False
