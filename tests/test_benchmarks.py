@@ -2,9 +2,12 @@
 
 import json
 
+import jax
 import pytest
 
 from benchmarks import attention, checkpoint, dataloader, generate, sample, train_step
+from utils.optim import make_optimizer
+from utils.state import TrainState
 
 
 def figures(capsys, main, cfg):
@@ -24,6 +27,21 @@ def test_train_step(capsys, model, from_tokens):
     assert 0 < values["floor_flops_ms"] < values["step_ms"]
     assert values["bound_by"] in ("FLOPs", "bytes")
     assert values["peak_memory_mib"] > 1
+
+
+@pytest.mark.parametrize("model", ["tokenizer", "dynamics"])
+def test_a_training_step_lowers_for_a_gpu(model):
+    """In bfloat16 and with activations on the host: as far as one can see without a GPU."""
+    cfg = train_step.Config(model=model, preset="tiny", dtype="bfloat16", remat="offload")
+    train_cfg, build, step, trainable, _ = train_step.setting(cfg)
+    optimizer = make_optimizer(train_cfg, train_cfg.num_steps)
+    state = jax.eval_shape(lambda: TrainState.create(build(), trainable, optimizer, False))
+    traced = jax.jit(lambda s, b, k: step(s, b, k, train_cfg)).trace(
+        state, train_step.batch_of(cfg, train_cfg), jax.random.key(0)
+    )
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "bf16" in program
+    assert "pinned_host" in program
 
 
 @pytest.mark.parametrize("kind", ["maskgit", "causal"])
