@@ -27,7 +27,7 @@ class Config:
 
 
 def together(*commands: list[str]) -> None:
-    """Runs scripts side by side, and ends if one of them fails."""
+    """Runs scripts side by side; once all have ended, ends too if one of them failed."""
     for command in commands:
         print(f"\n$ python {' '.join(command)}", flush=True)
     since = time.monotonic()

@@ -344,7 +344,8 @@ class STTransformer(nnx.Module):
 
         dtype = jnp.dtype(self.compute.dtype)
         # On a CPU the scan's copying of what the backward pass needs takes a sixth of a step; with activation
-        # checkpointing there is little to copy, and unrolled blocks would be merged with their recomputation.
+        # checkpointing there is little to copy, and unrolled blocks would be merged with their recomputation. Sampling,
+        # which keeps keys and values, has no backward pass, and compiles sooner if scanned.
         unroll = not keep and self.compute.remat == "none" and jax.default_backend() == "cpu"
         layers = (stacked, past)
         x_BTNM, kvs = jax.lax.scan(remat(body, self.compute.remat), x_BTNM.astype(dtype), layers, unroll=unroll)
