@@ -16,8 +16,6 @@ from benchmarks.train_step import Config as StepConfig
 from benchmarks.train_step import batch_of, setting
 from utils.checkpoint import CheckpointConfig, Checkpoints
 from utils.cli import run
-from utils.optim import make_optimizer
-from utils.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +31,11 @@ class Config(StepConfig):
 
 
 def main(cfg: Config) -> None:
-    train_cfg, build, train_step, trainable, _ = setting(cfg)
-    optimizer = make_optimizer(train_cfg, train_cfg.num_steps)
-    state = jax.jit(lambda: TrainState.create(build(), trainable, optimizer, False))()
+    train_cfg, create, train_step, _ = setting(cfg)
+    state = jax.jit(create)()
     batch = jax.device_put(batch_of(cfg, train_cfg))
     key = jax.random.key(0)
-    step = jax.jit(lambda s, b, k: train_step(s, b, k, train_cfg), donate_argnums=0)
+    step = jax.jit(train_step, donate_argnums=0)
     calls, extra = [], []
     with tempfile.TemporaryDirectory(dir=cfg.folder or None) as folder:
         checkpoints = Checkpoints(Path(folder) / "ckpt", CheckpointConfig(keep_latest=cfg.saves))

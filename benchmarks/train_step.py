@@ -7,6 +7,7 @@ python -m benchmarks.train_step --model dynamics --from_tokens --preset bench --
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -44,24 +45,34 @@ class Config(Output, Compute):
     """Steps to time, after three of warm-up."""
 
 
-def setting(cfg: Config) -> tuple[TrainConfig, Any, Any, Any, Any]:
-    """The training's config, how its model is built, its step, what gradients train, and the FLOPs of a clip."""
+def setting(cfg: Config) -> tuple[TrainConfig, Callable[[], TrainState], Callable[..., Any], int]:
+    """The training's config, what makes its first state, its step (state, batch, key), and the FLOPs of a clip."""
     compute = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Compute)}
     script: Any = {"tokenizer": train_tokenizer, "lam": train_lam, "dynamics": train_dynamics}[cfg.model]
     train_cfg = dataclasses.replace(script.PRESETS[cfg.preset], **compute)
     if cfg.batch_size:
         train_cfg = dataclasses.replace(train_cfg, batch_size=cfg.batch_size)
-    if cfg.model != "dynamics":
+    trainable: Any = nnx.Param
+    if cfg.model == "dynamics":
+        # The LAM stands for a loaded one: it infers and is not trained.
+        train_cfg = dataclasses.replace(train_cfg, lam_checkpoint="loaded")
+        trainable = script.trainable(train_cfg)
+        tokenizer, lam = train_tokenizer.PRESETS[cfg.preset].model, train_lam.PRESETS[cfg.preset].model
+        codes = {"num_codes": tokenizer.num_codes, "num_patches": tokenizer.num_patches}
+        world_cfg = WorldConfig(tokenizer, lam, dataclasses.replace(train_cfg.model, **codes), train_cfg.seq_len)
+        build: Any = lambda: World(world_cfg, cfg, nnx.Rngs(0))
+        flops = script.clip_flops(train_cfg, world_cfg, from_tokens=cfg.from_tokens)
+    else:
         model = {"tokenizer": Tokenizer, "lam": LAM}[cfg.model]
+        build = lambda: model(train_cfg.model, cfg, nnx.Rngs(0))
         flops = script.clip_flops(train_cfg, train_cfg.model)
-        return train_cfg, lambda: model(train_cfg.model, cfg, nnx.Rngs(0)), script.train_step, nnx.Param, flops
-    # The LAM stands for a loaded one: it infers and is not trained.
-    train_cfg = dataclasses.replace(train_cfg, lam_checkpoint="loaded")
-    tokenizer = train_tokenizer.PRESETS[cfg.preset].model
-    dynamics = dataclasses.replace(train_cfg.model, num_codes=tokenizer.num_codes, num_patches=tokenizer.num_patches)
-    world_cfg = WorldConfig(tokenizer, train_lam.PRESETS[cfg.preset].model, dynamics, train_cfg.seq_len)
-    flops = script.clip_flops(train_cfg, world_cfg, from_tokens=cfg.from_tokens)
-    return train_cfg, lambda: World(world_cfg, cfg, nnx.Rngs(0)), script.train_step, script.trainable(train_cfg), flops
+    optimizer = make_optimizer(train_cfg, train_cfg.num_steps)
+    return (
+        train_cfg,
+        lambda: TrainState.create(build(), trainable, optimizer, False),
+        lambda state, batch, key: script.train_step(state, batch, key, train_cfg),
+        flops,
+    )
 
 
 def batch_of(cfg: Config, train_cfg: TrainConfig) -> Batch:
@@ -76,14 +87,13 @@ def batch_of(cfg: Config, train_cfg: TrainConfig) -> Batch:
 
 
 def main(cfg: Config) -> None:
-    train_cfg, build, train_step, trainable, clip_flops = setting(cfg)
-    optimizer = make_optimizer(train_cfg, train_cfg.num_steps)
-    state = jax.jit(lambda: TrainState.create(build(), trainable, optimizer, False))()
+    train_cfg, create, train_step, clip_flops = setting(cfg)
+    state = jax.jit(create)()
     batch = jax.device_put(batch_of(cfg, train_cfg))
     key = jax.random.key(0)
 
     began = time.perf_counter()
-    step = jax.jit(lambda s, b, k: train_step(s, b, k, train_cfg), donate_argnums=0).lower(state, batch, key).compile()
+    step = jax.jit(train_step, donate_argnums=0).lower(state, batch, key).compile()
     compile_s = time.perf_counter() - began
 
     def once() -> jax.Array:

@@ -6,8 +6,6 @@ import jax
 import pytest
 
 from benchmarks import attention, checkpoint, dataloader, generate, sample, train_step
-from utils.optim import make_optimizer
-from utils.state import TrainState
 
 
 def figures(capsys, main, cfg):
@@ -30,18 +28,21 @@ def test_train_step(capsys, model, from_tokens):
 
 
 @pytest.mark.parametrize("model", ["tokenizer", "dynamics"])
-def test_a_training_step_lowers_for_a_gpu(model):
+@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+def test_a_training_step_lowers_for_a_gpu(model, attention, monkeypatch):
     """In bfloat16 and with activations on the host: as far as one can see without a GPU."""
-    cfg = train_step.Config(model=model, preset="tiny", dtype="bfloat16", remat="offload")
-    train_cfg, build, step, trainable, _ = train_step.setting(cfg)
-    optimizer = make_optimizer(train_cfg, train_cfg.num_steps)
-    state = jax.eval_shape(lambda: TrainState.create(build(), trainable, optimizer, False))
-    traced = jax.jit(lambda s, b, k: step(s, b, k, train_cfg)).trace(
-        state, train_step.batch_of(cfg, train_cfg), jax.random.key(0)
-    )
+    if attention == "cudnn":
+        monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+        monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    cfg = train_step.Config(model=model, preset="tiny", dtype="bfloat16", remat="offload", attention=attention)
+    train_cfg, create, step, _ = train_step.setting(cfg)
+    batch = train_step.batch_of(cfg, train_cfg)
+    traced = jax.jit(step).trace(jax.eval_shape(create), batch, jax.random.key(0))
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "bf16" in program
     assert "pinned_host" in program
+    # Forward and backward.
+    assert {f"__cudnn$fmhaSoftmax{way}" in program for way in ("", "Backward")} == {attention == "cudnn"}
 
 
 @pytest.mark.parametrize("kind", ["maskgit", "causal"])
