@@ -31,7 +31,9 @@ PRESETS = {
     "coinrun": Config(),
     # Short clips and one block each way: on a CPU many cheap steps teach more than few dear ones.
     "tiny": Config(
-        model=TokenizerConfig(width=128, num_heads=4, num_blocks=1, patch_size=8, codebook_decay=0.95),
+        model=TokenizerConfig(
+            width=128, num_heads=4, num_blocks=1, patch_size=8, codebook_decay=0.95, unquantized_steps=150
+        ),
         batch_size=8,
         seq_len=4,
         num_steps=1200,
@@ -55,7 +57,7 @@ PRESETS = {
 def loss_fn(model: Tokenizer, batch: Batch, cfg: Config) -> tuple[jax.Array, tuple]:
     """Mean squared error of the reconstruction, and commitment."""
     frames = batch.frames_BTHWC.astype(jnp.float32) / 255
-    out = model(frames)
+    out = model(frames, train=True)
     mse = jnp.mean(jnp.square(out.frames_BTHWC - frames))
     metrics = {"mse": mse, "commitment": out.commitment}
     return mse + cfg.commitment * out.commitment, (metrics, (out.latents_BTNL, out.tokens_BTN))

@@ -40,6 +40,8 @@ class TokenizerConfig(STConfig):
     """Of the moving average by which codes follow the encoder."""
     reset_after: int = 15
     """Steps without use after which a code is moved to a latent of the batch; 0 never."""
+    unquantized_steps: int = 0
+    """Steps at the start in which latents pass as they are, so that codes follow an encoder that learns already."""
     frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
     """(H, W, C), set from the dataset."""
 
@@ -96,15 +98,22 @@ class Tokenizer(nnx.Module):
         self.encoder_position_NM = position_table(cfg.num_patches, cfg.width, rngs)
         self.encoder = STTransformer(cfg, compute, rngs)
         self.code_in = linear(cfg.width, cfg.code_width, compute, rngs)
-        self.vq = VectorQuantizer(cfg.num_codes, cfg.code_width, cfg.codebook_decay, cfg.reset_after, rngs)
+        self.vq = VectorQuantizer(
+            cfg.num_codes,
+            cfg.code_width,
+            cfg.codebook_decay,
+            cfg.reset_after,
+            rngs,
+            unquantized_steps=cfg.unquantized_steps,
+        )
         self.code_out = linear(cfg.code_width, cfg.width, compute, rngs, bias=True)
         self.decoder_position_NM = position_table(cfg.num_patches, cfg.width, rngs)
         self.decoder = STTransformer(cfg, compute, rngs)
         self.patch_out = linear(cfg.width, channels, compute, rngs, bias=True)
 
-    def __call__(self, frames_BTHWC: jax.Array) -> Reconstruction:
+    def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> Reconstruction:
         """Encodes, quantises and decodes frames in [0, 1]."""
-        quantized = self.vq(self._latents(frames_BTHWC))
+        quantized = self.vq(self._latents(frames_BTHWC), train)
         frames, _ = self._frames(quantized.vectors, None, 0)
         return Reconstruction(frames, quantized.codes, quantized.latents, quantized.commitment)
 

@@ -64,8 +64,9 @@ def dataset(tmp_path_factory) -> Path:
 
 MODEL = ["--model.width", "16", "--model.num_heads", "2", "--model.num_blocks", "1"]
 SMALL = ["--preset", "tiny", "--batch_size", "8", "--seq_len", "6", "--val_batches", "2", *MODEL]
-TOKENIZER = [*SMALL, "--model.patch_size", "4", "--model.num_codes", "32", "--model.code_width", "8"]
-LAM = [*SMALL, "--model.patch_size", "8", "--model.num_codes", "3", "--model.code_width", "4"]
+CODES = ["--model.unquantized_steps", "2"]  # so that a few steps see both phases
+TOKENIZER = [*SMALL, *CODES, "--model.patch_size", "4", "--model.num_codes", "32", "--model.code_width", "8"]
+LAM = [*SMALL, *CODES, "--model.patch_size", "8", "--model.num_codes", "3", "--model.code_width", "4"]
 
 
 def script(

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import gc
 import io
 import json
@@ -23,14 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from aiohttp.test_utils import TestServer
+from flax import nnx
 from PIL import Image
 
 import utils.game
 from models.errors import InputError
-from models.genie import load_world
+from models.genie import World, load_world
+from models.nn import Compute
 from models.sampling import SamplingConfig, rollout
 from play import Config, build_app, load_game, open_dataset
 from tests.conftest import CACHE, ROOT
+from tests.test_sampling import CONFIG
 from utils.actions import Action, idle_action, read_actions
 from utils.game import MAX_UPLOAD, Game, Player, matching_actions
 from utils.serving import Engine, Request, decode_picture, fit_picture
@@ -143,6 +147,29 @@ def test_a_batch_of_players_draws_what_each_would_alone(game, trained):
             task.cancel()
 
     asyncio.run(play())
+
+
+def test_a_causal_world_plays_what_it_samples():
+    cfg = dataclasses.replace(CONFIG, dynamics=dataclasses.replace(CONFIG.dynamics, kind="causal"))
+    world = World(cfg, Compute(), nnx.Rngs(0))
+    engine = Engine(world, 1, ThreadPoolExecutor(1))
+    prompt = np.random.default_rng(0).integers(0, 256, cfg.tokenizer.frame_shape, np.uint8)
+    actions, sampling = [0, 2, 1], SamplingConfig()
+
+    async def play() -> list[np.ndarray]:
+        serving = asyncio.create_task(engine.serve())
+        await asyncio.sleep(0)
+        state, frames = await engine.start(prompt), []
+        for action in actions:
+            frame, state = await engine.step(Request(state, action, 5, sampling))
+            frames.append(frame)
+        serving.cancel()
+        return frames
+
+    prompt_BTHWC = jnp.asarray(prompt[None, None], jnp.float32) / 255
+    expected = rollout(world, prompt_BTHWC, jnp.array([actions]), jax.random.key(5), sampling)[0] * 255 + 0.5
+    played = np.stack(asyncio.run(play())).astype(int)
+    assert np.abs(np.asarray(expected).astype(np.uint8) - played).max() <= 1  # by rounding
 
 
 def test_four_play_and_a_fifth_is_refused(game):
