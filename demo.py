@@ -61,12 +61,10 @@ def main(cfg: Config) -> None:
         ["train_lam.py", *tiny, "--ckpt_dir", lam],
     )
     together(["train_dynamics.py", *tiny, "--ckpt_dir", world, *parts])
+    sample = f"sample.py --checkpoint {world} --output_dir {root}/samples --num_clips 64"
+    evaluate = f"evaluate.py --checkpoint {world} --data_dir {data} --output_dir {root}"
     together(
-        [*f"sample.py --checkpoint {world} --output_dir {root}/samples --num_clips 24".split(), *likeliest],
-        [
-            *f"evaluate.py --checkpoint {world} --data_dir {data} --output_dir {root} --rollout_clips 24".split(),
-            *likeliest,
-        ],
+        [*sample.split(), *likeliest], [*evaluate.split(), "--num_clips", "48", "--rollout_clips", "48", *likeliest]
     )
     file = root / "metrics.json"
     metrics = json.loads(file.read_text()) | {"wall_s": round(time.monotonic() - began, 1)}
