@@ -35,25 +35,31 @@ class Config(Output):
     """Width of each."""
 
 
-def axis_ms(cfg: Config, rows: int, length: int, causal: bool) -> float:
-    """Milliseconds of a forward and a backward pass."""
+def axis(cfg: Config, name: str, rows: int, length: int, causal: bool) -> dict[str, float]:
+    """Time of a forward and a backward pass; distance of their gradients from those of XLA in float32."""
     shape = (rows, length, cfg.num_heads, cfg.head_width)
-    q, k, v = (jax.random.normal(jax.random.key(i), shape, cfg.dtype) for i in range(3))
+    inputs = [jax.random.normal(jax.random.key(i), shape, cfg.dtype) for i in range(3)]
 
-    def loss(q, k, v):
-        y = attention(q, k, v, causal=causal, implementation=cfg.implementation)
-        return jnp.sum(y.astype(jnp.float32) ** 2)
+    def gradients(implementation: str):
+        def loss(q, k, v):
+            y = attention(q, k, v, causal=causal, implementation=implementation)
+            return jnp.sum(y.astype(jnp.float32) ** 2)
 
-    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-    return 1e3 * statistics.median(seconds(lambda: step(q, k, v), repeats=20, warm_up=3))
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+
+    step = gradients(cfg.implementation)
+    times = seconds(lambda: step(*inputs), repeats=20, warm_up=3)
+    few = [x[:4] for x in inputs]
+    pairs = zip(step(*few), gradients("xla")(*(x.astype(jnp.float32) for x in few)), strict=True)
+    errors = [jnp.max(jnp.abs(x.astype(jnp.float32) - exact)) / jnp.max(jnp.abs(exact)) for x, exact in pairs]
+    return {f"{name}_ms": 1e3 * statistics.median(times), f"{name}_error": float(max(errors))}
 
 
 def main(cfg: Config) -> None:
-    values = {
-        "space_ms": axis_ms(cfg, cfg.batch_size * cfg.num_frames, cfg.num_patches, causal=False),
-        "time_ms": axis_ms(cfg, cfg.batch_size * cfg.num_patches, cfg.num_frames, causal=True),
-    }
-    show(f"attention {cfg.implementation}, {cfg.dtype}", values, cfg.json)
+    space = axis(cfg, "space", cfg.batch_size * cfg.num_frames, cfg.num_patches, causal=False)
+    time = axis(cfg, "time", cfg.batch_size * cfg.num_patches, cfg.num_frames, causal=True)
+    title = f"attention {cfg.implementation}, {cfg.dtype} (error: of gradients, by the largest one in float32)"
+    show(title, space | time, cfg.json)
 
 
 if __name__ == "__main__":

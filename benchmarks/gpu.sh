@@ -46,6 +46,6 @@ for file in sorted(Path(sys.argv[1]).glob("*.json")):
     print(
         f"{file.stem:<26}{cell('{:.2f}', 'step_ms', 'frame_ms', 'space_ms'):>14}{cell('{:.1%}', 'mfu'):>8}"
         f"{cell('{:.0f}', 'frames_per_s'):>10}{cell('{:.1f}', 'compile_s'):>11}{cell('{:.0f}', 'peak_memory_mib'):>12}"
-        + (f"   time axis {v['time_ms']:.2f} ms" if "time_ms" in v else "")
+        + (f"   time axis {v['time_ms']:.2f} ms, errors {v['space_error']:.1e} {v['time_error']:.1e}" if "time_ms" in v else "")
     )
 PY

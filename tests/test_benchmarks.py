@@ -66,9 +66,13 @@ def test_checkpoint(capsys, tmp_path):
     assert values["call_ms"] > 0
 
 
-def test_attention(capsys):
-    cfg = attention.Config(json=True, batch_size=1, num_frames=2, num_patches=4, num_heads=1, head_width=8)
-    assert figures(capsys, attention.main, cfg)["space_ms"] > 0
+@pytest.mark.parametrize(("dtype", "least", "most"), [("float32", 0, 1e-6), ("bfloat16", 1e-4, 0.03)])
+def test_attention(capsys, dtype, least, most):
+    cfg = attention.Config(json=True, dtype=dtype, batch_size=1, num_frames=3, num_patches=5, num_heads=2, head_width=8)
+    values = figures(capsys, attention.main, cfg)
+    assert min(values["space_ms"], values["time_ms"]) > 0
+    assert least <= min(values["space_error"], values["time_error"])
+    assert max(values["space_error"], values["time_error"]) <= most
 
 
 def test_generate(capsys):

@@ -220,14 +220,22 @@ def test_unused_codes_stay_until_they_are_reset():
         assert np.min(np.abs(np.eye(3) - code).sum(axis=1)) < 1e-5
 
 
-def test_attention_equals_the_textbook():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8))
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "tolerance"),
+    [("xla", "float32", 1e-5), ("xla", "bfloat16", 0.02), ("cudnn", "bfloat16", 0.02)],
+)
+def test_attention_equals_the_textbook(implementation, dtype, tolerance):
+    if implementation == "cudnn" and jax.default_backend() != "gpu":
+        pytest.skip("cuDNN needs a GPU")
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8)).astype(dtype).astype(np.float32)
     logits = np.einsum("bsqd,btqd->bqst", q, k) / np.sqrt(8)
     for causal in (False, True):
         masked = np.where(np.tril(np.ones((5, 5))) > 0, logits, -np.inf) if causal else logits
         weights = np.exp(masked) / np.exp(masked).sum(-1, keepdims=True)
         expected = np.einsum("bqst,btqd->bsqd", weights, v)
-        np.testing.assert_allclose(attention(q, k, v, causal=causal), expected, atol=1e-5)
+        y = attention(*(x.astype(dtype) for x in (q, k, v)), causal=causal, implementation=implementation)
+        assert y.dtype == dtype
+        np.testing.assert_allclose(y.astype(np.float32), expected, atol=tolerance)
 
 
 def test_rotary_scores_depend_on_distance_alone():
