@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Measures training and sampling on one GPU, in under eight minutes; prints one table. Run from the project's folder:
 #
-#     benchmarks/gpu.sh [folder for the details]
+#     benchmarks/gpu.sh [folder for the details] [dataset; without one, CoinRun is generated]
 set -uo pipefail
 out=${1:-runs/gpu}
+data=${2:-$out/data}
 mkdir -p "$out"
 export JAX_COMPILATION_CACHE_DIR=$out/cache
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/machine.txt"
@@ -35,17 +36,32 @@ for batch in 1 16 64; do
 done
 measure checkpoint benchmarks.checkpoint --preset coinrun --dtype bfloat16 --model tokenizer
 
+# A real training, for the share of time spent waiting for data.
+training="train_tokenizer.py --preset coinrun --dtype bfloat16 --num_steps 150 --log_interval 50 --val_batches 1"
+[ -f "$data/metadata.json" ] || python generate_dataset.py --output_dir "$data" --num_episodes 100 >"$out/data.txt" 2>&1
+rm -rf "$out/training"
+if ! timeout 120 python $training --data_dir "$data" --ckpt_dir "$out/training" >"$out/training.txt" 2>&1; then
+    echo "training failed: $(tail -n 1 "$out/training.txt")"
+fi
+
 python - "$out" <<'PY'
 import json, sys
 from pathlib import Path
 
+out = Path(sys.argv[1])
+rows = {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("*.json"))}
+log = out / "training" / "metrics.jsonl"
+for line in log.read_text().splitlines() if log.exists() else []:
+    if "data_wait" in (v := json.loads(line)):
+        rows["tokenizer, training"] = v | {"step_ms": 1e3 / v["steps_per_s"]}
 print(f"{'what':<26}{'step/frame ms':>14}{'mfu':>8}{'frames/s':>10}{'compile s':>11}{'memory MiB':>12}")
-for file in sorted(Path(sys.argv[1]).glob("*.json")):
-    v = json.loads(file.read_text())
+for name, v in rows.items():
     cell = lambda form, *names: next((form.format(v[n]) for n in names if v.get(n) is not None), "")
+    notes = [cell("time axis {:.2f} ms", "time_ms"), cell("error {:.1e}", "space_error"), cell("{:.1e}", "time_error")]
     print(
-        f"{file.stem:<26}{cell('{:.2f}', 'step_ms', 'frame_ms', 'space_ms'):>14}{cell('{:.1%}', 'mfu'):>8}"
-        f"{cell('{:.0f}', 'frames_per_s'):>10}{cell('{:.1f}', 'compile_s'):>11}{cell('{:.0f}', 'peak_memory_mib'):>12}"
-        + (f"   time axis {v['time_ms']:.2f} ms, errors {v['space_error']:.1e} {v['time_error']:.1e}" if "time_ms" in v else "")
+        f"{name:<26}{cell('{:.2f}', 'step_ms', 'frame_ms', 'space_ms'):>14}{cell('{:.1%}', 'mfu'):>8}"
+        f"{cell('{:.0f}', 'frames_per_s'):>10}{cell('{:.1f}', 'compile_s'):>11}{cell('{:.0f}', 'peak_memory_mib'):>12}  ",
+        *notes,
+        cell("waits for data {:.2%}", "data_wait"),
     )
 PY
