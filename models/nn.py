@@ -46,7 +46,7 @@ class STConfig:
     """ST blocks (in the encoder, and again in the decoder, where there are both)."""
 
     def __post_init__(self):
-        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+        if self.num_heads < 1 or self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise InputError(
                 f"--model.width {self.width}: must be an even multiple of --model.num_heads {self.num_heads}"
             )
@@ -145,16 +145,35 @@ def attention(
     """
     head_width = q_BSQD.shape[-1]
     fits = q_BSQD.dtype in (jnp.bfloat16, jnp.float16) and head_width % 8 == 0 and head_width <= 128
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = jax.default_backend() == "gpu" and flash_capable(jax.local_devices()[0])
     if implementation == "cudnn" and not (fits and on_gpu):
         raise InputError(
-            f"--attention cudnn: needs an NVIDIA GPU, --dtype bfloat16 and a head width that is a multiple of 8; "
-            f"here the backend is {jax.default_backend()}, the dtype {q_BSQD.dtype}, the head width {head_width}"
+            f"--attention cudnn: needs an NVIDIA GPU (Ampere or later), --dtype bfloat16 and a head width that is a "
+            f"multiple of 8; here the device is {jax.local_devices()[0].device_kind}, the dtype {q_BSQD.dtype}, "
+            f"the head width {head_width}"
         )
     flash = implementation == "cudnn" or (implementation == "auto" and fits and on_gpu)
-    return jax.nn.dot_product_attention(
-        q_BSQD, k_BSQD, v_BSQD, is_causal=causal, implementation="cudnn" if flash else "xla"
+    S, lengths_B = q_BSQD.shape[1], None
+    if flash and S % 2:
+        # JAX refuses cuDNN's backward pass at odd lengths, such as that of a frame with an action token.
+        q_BSQD, k_BSQD, v_BSQD = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_BSQD, k_BSQD, v_BSQD))
+        if not causal:  # else nobody sees what stands at the end
+            lengths_B = jnp.full(len(q_BSQD), S, jnp.int32)
+    y_BSQD = jax.nn.dot_product_attention(
+        q_BSQD,
+        k_BSQD,
+        v_BSQD,
+        is_causal=causal,
+        key_value_seq_lengths=lengths_B,
+        implementation="cudnn" if flash else "xla",
     )
+    return y_BSQD[:, :S]
+
+
+def flash_capable(device: Any) -> bool:
+    """Whether cuDNN's flash attention runs on a device: on NVIDIA's from Ampere on."""
+    capability = str(getattr(device, "compute_capability", ""))  # of an AMD GPU, a name such as gfx942
+    return capability.replace(".", "").isdigit() and float(capability) >= 8
 
 
 def rotate(x_BTNQD: jax.Array, start: jax.Array | int) -> jax.Array:

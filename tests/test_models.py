@@ -238,6 +238,25 @@ def test_attention_equals_the_textbook(implementation, dtype, tolerance):
         np.testing.assert_allclose(y.astype(np.float32), expected, atol=tolerance)
 
 
+@pytest.mark.parametrize("length", [4, 5])
+def test_flash_attention_is_given_even_lengths(length, monkeypatch):
+    """What cuDNN is asked for, answered by XLA."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, length, 2, 8), jnp.bfloat16)
+    expected = [attention(q, k, v, causal=causal) for causal in (False, True)]
+    library = jax.nn.dot_product_attention
+
+    def instead(q, k, v, implementation, **options):
+        assert implementation == "cudnn"
+        assert q.shape[1] % 2 == 0
+        return library(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setattr("models.nn.flash_capable", lambda device: True)
+    monkeypatch.setattr("jax.nn.dot_product_attention", instead)
+    for causal, y in zip((False, True), expected, strict=True):
+        np.testing.assert_array_equal(attention(q, k, v, causal=causal), y)
+
+
 def test_rotary_scores_depend_on_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 6, 1, 1, 8))
     scores = lambda start: jnp.einsum("bsnqd,btnqd->st", rotate(q, start), rotate(k, start))
