@@ -92,7 +92,7 @@ class Inputs(NamedTuple):
     weight_B: jax.Array
 
 
-def loss_fn(world: World, inputs: Inputs, cfg: Config) -> tuple[jax.Array, tuple]:
+def loss_fn(world: World, inputs: Inputs, cfg: Config, train: bool = True) -> tuple[jax.Array, tuple]:
     """Cross-entropy of the hidden tokens; for a LAM trained along, its own loss is added, which shares no parameter."""
     tokens_BTN, frames = tokens_of(world, inputs.batch)
     lam_loss, lam_arrays = jnp.float32(0), None
@@ -100,7 +100,7 @@ def loss_fn(world: World, inputs: Inputs, cfg: Config) -> tuple[jax.Array, tuple
         actions_BTm1 = actions_of(world, inputs.batch, cfg)
     else:
         assert world.lam
-        out = world.lam(frames, train=True)
+        out = world.lam(frames, train)
         actions_BTm1 = out.actions_BTm1
         lam_loss = jnp.mean(jnp.square(out.next_frames_BTm1HWC - frames[:, 1:])) + cfg.commitment * out.commitment
         lam_arrays = (out.latents_BTm1L, out.actions_BTm1)
@@ -164,7 +164,7 @@ def evaluate(world: World, batch: Batch, key: jax.Array, cfg: Config) -> tuple[d
     A causal model sees the true tokens before each one, also of that frame. Shows truth over such predictions.
     """
     inputs = prepare(batch, key, world.cfg.dynamics)
-    loss, (metrics, _) = loss_fn(world, inputs, cfg)
+    loss, (metrics, _) = loss_fn(world, inputs, cfg, train=False)
     first = jax.tree.map(lambda x: x[:1], batch)
     tokens_1TN, frames = tokens_of(world, first)
     actions_BTm1 = actions_of(world, first, cfg)
@@ -219,16 +219,13 @@ def _stored_config(path: str, kind: str, flag: str) -> Any:
     return model_config(kind, config["model"])
 
 
-def check_tokens(cfg: Config, made_by: TokenInfo) -> None:
-    """Refuses a token dataset that other checkpoints made."""
+def check_tokens(cfg: Config, made_by: TokenInfo, parts: dict[str, str]) -> None:
+    """Refuses a token dataset that other checkpoints made than those with these fingerprints."""
     if not (cfg.use_gt_actions or cfg.lam_checkpoint):
         raise InputError(
             f"--data_dir {cfg.data_dir}: without frames no LAM can be trained along; give --lam_checkpoint"
         )
-    given = {"tokenizer": fingerprint(load_tokenizer(cfg.tokenizer_checkpoint))}
-    if not cfg.use_gt_actions:
-        given["lam"] = fingerprint(load_lam(cfg.lam_checkpoint))
-    for name, value in given.items():
+    for name, value in parts.items():
         stored = getattr(made_by, name)
         if stored != value:
             raise InputError(
@@ -258,13 +255,16 @@ def main(cfg: Config) -> None:
     start(cfg)
     train, val = (ClipSource(cfg.data_dir, split, cfg.seq_len, tokens_too=True) for split in ("train", "val"))
     world_cfg = world_config(cfg, train)
+    trained: dict[str, Any] = {"tokenizer": load_tokenizer(cfg.tokenizer_checkpoint)}
+    if cfg.lam_checkpoint and not cfg.use_gt_actions:
+        trained["lam"] = load_lam(cfg.lam_checkpoint)
+    parts = {name: fingerprint(model) for name, model in trained.items()}
     if train.metadata.tokens:
-        check_tokens(cfg, train.metadata.tokens)
+        check_tokens(cfg, train.metadata.tokens, parts)
 
     def prepare(world: World) -> None:
-        nnx.update(world.tokenizer, nnx.state(load_tokenizer(cfg.tokenizer_checkpoint)))
-        if cfg.lam_checkpoint:
-            nnx.update(world.lam, nnx.state(load_lam(cfg.lam_checkpoint)))
+        for name, model in trained.items():
+            nnx.update(getattr(world, name), nnx.state(model))
         world.dynamics.start_from(np.asarray(world.tokenizer.vq.codebook_KL))
 
     fit(
@@ -278,6 +278,7 @@ def main(cfg: Config) -> None:
         val=val,
         trainable=trainable(cfg),
         prepare=prepare,
+        parts=parts,
         clip_flops=clip_flops(cfg, world_cfg, from_tokens=train.metadata.tokens is not None),
     )
 

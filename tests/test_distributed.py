@@ -212,8 +212,10 @@ def test_a_folder_that_vanishes_stops_the_training(trained, dataset, tmp_path):
 
 def test_retention_keeps_latest_every_and_best(trained, dataset, tmp_path):
     name, model = model_of("tokenizer", trained)
-    keep = ["--keep_latest", 1, "--keep_every", 4, "--keep_best", "val_psnr", "--val_interval", 1, "--num_steps", 7]
-    script(name, *model, *flags(dataset, tmp_path), "--checkpoint_interval", 1, *keep)
+    keep = ["--keep_latest", 1, "--keep_every", 4, "--val_interval", 2, "--num_steps", 7, "--checkpoint_interval", 1]
+    wrong = script(name, *model, *flags(dataset, tmp_path), *keep, "--keep_best", "val_psrn", check=False)
+    assert "--keep_best val_psrn: a validation gives val_loss" in wrong.stderr
+    script(name, *model, *flags(dataset, tmp_path), *keep, "--keep_best", "val_psnr")
     scores = {line["step"]: line["val_psnr"] for line in lines(tmp_path) if "val_psnr" in line}
     assert checkpoint_steps(tmp_path) == sorted({4, 7, max(scores, key=scores.get)})
 
@@ -240,6 +242,17 @@ def test_harmless_flags_may_change_on_resume(half, trained, dataset):
     assert any(
         key.startswith("grad_norm/") for key in json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])
     )
+
+
+def test_wandb_gets_the_curve(trained, dataset, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    name, model = model_of("tokenizer", trained)
+    script(name, *model, *flags(dataset, tmp_path), "--num_steps", 2, "--log", "--entity", "us", "--project", "worlds")
+    runs = list(tmp_path.rglob("run-*.wandb"))
+    assert len(runs) == 1
+    assert b"val_psnr" in runs[0].read_bytes()
 
 
 def test_the_compile_cache_is_where_the_flag_says(trained):

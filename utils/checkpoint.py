@@ -7,6 +7,7 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -45,12 +46,15 @@ class CheckpointConfig:
     keep_every: int = 0
     """Also keep every checkpoint whose step is a multiple of this, for good; 0 none."""
     keep_best: str = ""
-    """Also keep the best checkpoint by this validation metric, for instance val_psnr or val_loss."""
+    """Also keep the best checkpoint by this validation metric, for instance val_psnr or val_loss; only steps that are
+    both validated and saved count."""
 
 
-def write_config(folder: Path, kind: str, model: Any, train: Any) -> None:
+def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[str, str] | None = None) -> None:
     """Writes `config.json`, or, if there is one, checks that this run may continue it.
 
+    Args:
+      parts: Fingerprints of the trained parts that the model begins with; those of a resumed run must be the same.
     Raises:
       InputError: The folder holds a training that differs; the message lists each field.
     """
@@ -59,6 +63,7 @@ def write_config(folder: Path, kind: str, model: Any, train: Any) -> None:
         "kind": kind,
         "model": dataclasses.asdict(model),
         "train": {k: v for k, v in dataclasses.asdict(train).items() if k not in ("model", "lam", "preset")},
+        "parts": parts or {},
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
     }
     fields = json.loads(json.dumps(fields))
@@ -66,7 +71,8 @@ def write_config(folder: Path, kind: str, model: Any, train: Any) -> None:
         stored = read_config(folder)
         if stored["kind"] != kind:
             raise InputError(f"--ckpt_dir {folder}: holds a {stored['kind']}, not a {kind}; choose another folder")
-        old, new = _flat({k: stored[k] for k in ("model", "train")}), _flat({k: fields[k] for k in ("model", "train")})
+        compared = [name for name in ("model", "train", "parts") if name in stored]
+        old, new = (_flat({name: config[name] for name in compared}) for config in (stored, fields))
         differing = [
             f"{name}: stored {old.get(name)}, given {new.get(name)}"
             for name in sorted(old | new)
@@ -91,6 +97,10 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+RISING = ("psnr", "ssim", "accuracy", "usage")
+"""Metrics of which more is better; of all others, less."""
+
+
 class Checkpoints:
     """The checkpoints of one training."""
 
@@ -102,21 +112,27 @@ class Checkpoints:
             policies.append(keep.EveryNSteps(cfg.keep_every))
         best = cfg.keep_best
         if best:
-            # BestN keeps the end of the sorted list: losses are sorted downwards.
-            policies.append(keep.BestN(get_metric_fn=lambda m: m[best], reverse="loss" in best, n=1))
+            rising = any(name in best for name in RISING)
+            score = lambda m: m.get(best, -math.inf if rising else math.inf)
+            # BestN keeps the end of the sorted list.
+            policies.append(
+                keep.BestN(get_metric_fn=score, reverse=not rising, n=1, keep_checkpoints_without_metrics=False)
+            )
         self.folder = folder
         self.manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep.AnyPreservationPolicy(policies),
-                best_fn=(lambda m: m[best]) if best else None,
+                best_fn=score if best else None,
                 cleanup_tmp_directories=True,
             ),
         )
 
-    def save(self, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
+    def save(self, state: TrainState, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
         """Starts saving; training goes on while the copy on the host is written out.
 
+        Args:
+          metrics: Of a validation of this very state, by which the best is kept; None if there was none.
         Raises:
           OSError: This or the previous save failed; the message names the checkpoint that is still good.
         """

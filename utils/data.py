@@ -14,6 +14,7 @@ A token dataset (`preprocess_dataset.py tokens`) holds what a tokenizer and a LA
 import dataclasses
 import json
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -265,6 +266,18 @@ class Batch(NamedTuple):
     latent_actions_BT: Any = None
 
 
+def frames_folder(folder: str) -> str:
+    """The dataset itself, or the dataset of frames that a token dataset was made from."""
+    tokens = read_metadata(folder).tokens
+    return tokens.frames if tokens else folder
+
+
+def longest_clip(folder: str, split: str) -> int:
+    """Frames of the longest clip of a split, 0 if there is none."""
+    shards = read_metadata(folder).splits.get(split, ())
+    return max((shard.lengths[0][0] for shard in shards if shard.lengths), default=0)
+
+
 class ClipSource:
     """Random access to the clips of one split that have at least `seq_len` frames.
 
@@ -297,7 +310,7 @@ class ClipSource:
         # Only the long enough clips, which every file begins with. Offsets map a clip to its file.
         self._counts = [shard.count(seq_len) for shard in shards]
         if sum(self._counts) == 0:
-            longest = max((shard.lengths[0][0] for shard in shards if shard.lengths), default=0)
+            longest = longest_clip(str(folder), split)
             raise InputError(
                 f"--seq_len {seq_len}: the longest clip in {folder}/{split} has {longest} frames; choose --seq_len "
                 f"{longest} or less, or generate longer clips"
@@ -410,8 +423,14 @@ def batches(
     )
     if num_workers:
         absl.flags.FLAGS.mark_as_parsed()  # grain's workers read flags, and no one else parses them here
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
     return iter(dataset)
+
+
+def _ignore_interrupts(worker: int, workers: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the training itself ends its workers, after it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_device(stream: Iterator[Batch], sharding: Any, ahead: int = 1) -> Iterator[Batch]:

@@ -42,7 +42,8 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
     seq_len: int = 16
     """Frames in a clip."""
     grad_accum: int = 1
-    """Parts into which a batch is cut to save memory; the result is the same to rounding."""
+    """Parts into which a batch is cut to save memory; the result is the same to rounding, but for a LAM, which centres
+    its latents on each part."""
     seed: int = 0
     """Of parameters, data order and everything random."""
     num_workers: int = 0
@@ -120,6 +121,7 @@ def fit(
     val: ClipSource,
     trainable: Any = nnx.Param,
     prepare: Callable[[Any], None] = lambda model: None,
+    parts: dict[str, str] | None = None,
     clip_flops: float = 0.0,
 ) -> None:
     """Trains until `num_steps`, from wherever `ckpt_dir` stands.
@@ -133,6 +135,7 @@ def fit(
       evaluate: (model, batch, key) to (metrics, videos (R, T, H, W, C) in [0, 1] to show above each other).
       trainable: nnx filter of the parameters that gradients train.
       prepare: Changes the model of a new training in place; puts trained parts into it.
+      parts: Fingerprints of these parts.
       clip_flops: Of a training step, for one clip.
     """
     folder = Path(cfg.ckpt_dir)
@@ -142,7 +145,7 @@ def fit(
             f"--batch_size {cfg.batch_size}: must be a multiple of the {mesh.size} devices times --grad_accum "
             f"{cfg.grad_accum}"
         )
-    write_config(folder, kind, model_cfg, cfg)
+    write_config(folder, kind, model_cfg, cfg, parts)
 
     # The state: abstract, then restored onto the mesh, or made there.
     optimizer = make_optimizer(cfg, cfg.num_steps)
@@ -173,7 +176,7 @@ def fit(
     root = jax.random.key(cfg.seed)
     step_fn = jax.jit(
         lambda state, batch, step: train_step(state, batch, jax.random.fold_in(root, step)),
-        donate_argnums=0,
+        donate_argnums=() if cfg.debug_nans else 0,
         out_shardings=(shardings, None),
     )
     eval_fn = jax.jit(
@@ -182,14 +185,15 @@ def fit(
     )
     batch = next(stream)
     began = time.monotonic()
-    compiled = step_fn.lower(state, batch, np.int32(0)).compile()
+    compiled: Any = step_fn.lower(state, batch, np.int32(0)).compile()
     if is_main:
         print(_memory(compiled, time.monotonic() - began), flush=True)
+    if cfg.debug_nans:
+        compiled = step_fn  # which, other than what it compiles to, is run again operation by operation after a NaN
 
     writers: list[Writer] = _writers(cfg, kind, folder, first_step, model_cfg) if is_main else []
     schedule = _Rate(cfg, clip_flops, mesh.size)
     stop = _StopOnSignal()
-    val_metrics: dict[str, float] = {}
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def report(step: int, values: dict[str, jax.Array]) -> None:
@@ -219,6 +223,8 @@ def fit(
                     writer.image(step, kind, picture)
         for writer in writers:
             writer.scalars(step, sums)
+        if cfg.keep_best and cfg.keep_best not in sums:
+            raise InputError(f"--keep_best {cfg.keep_best}: a validation gives {', '.join(sums)}")
         return sums
 
     try:
@@ -232,6 +238,7 @@ def fit(
             schedule.trace(step - first_step, folder)
             stopping = stop.requested(step, cfg.log_interval)
             last = step == cfg.num_steps
+            val_metrics: dict[str, float] | None = None
             if step % cfg.val_interval == 0 or last:
                 report(*pending)
                 pending = None
