@@ -33,7 +33,7 @@ def together(*commands: list[str]) -> None:
     since = time.monotonic()
     env = os.environ | ({"TQDM_DISABLE": "1"} if len(commands) > 1 else {})  # two bars would overwrite each other
     folder = Path(__file__).parent
-    processes = [subprocess.Popen([sys.executable, *command], cwd=folder, env=env) for command in commands]
+    processes = [subprocess.Popen([sys.executable, folder / name, *flags], env=env) for name, *flags in commands]
     try:
         failed = [status for process in processes if (status := process.wait())]
     except KeyboardInterrupt:
@@ -54,17 +54,18 @@ def main(cfg: Config) -> None:
     likeliest = ["--temperature", "0", "--steps", "8"]
     began = time.monotonic()
     if not (root / "data" / "metadata.json").exists():
-        together(f"generate_dataset.py --output_dir {data} --num_episodes {cfg.num_episodes} --policy sticky".split())
+        episodes = ["--num_episodes", str(cfg.num_episodes), "--policy", "sticky"]
+        together(["generate_dataset.py", "--output_dir", data, *episodes])
     # Neither of these two needs the other, and side by side they leave no core idle; nor do the last two.
     together(
         ["train_tokenizer.py", *tiny, "--ckpt_dir", tokenizer],
         ["train_lam.py", *tiny, "--ckpt_dir", lam],
     )
     together(["train_dynamics.py", *tiny, "--ckpt_dir", world, *parts])
-    sample = f"sample.py --checkpoint {world} --output_dir {root}/samples --num_clips 64"
-    evaluate = f"evaluate.py --checkpoint {world} --data_dir {data} --output_dir {root}"
+    samples, clips = str(root / "samples"), ["--num_clips", "48", "--rollout_clips", "48"]
     together(
-        [*sample.split(), *likeliest], [*evaluate.split(), "--num_clips", "48", "--rollout_clips", "48", *likeliest]
+        ["sample.py", "--checkpoint", world, "--output_dir", samples, "--num_clips", "64", *likeliest],
+        ["evaluate.py", "--checkpoint", world, "--data_dir", data, "--output_dir", str(root), *clips, *likeliest],
     )
     file = root / "metrics.json"
     metrics = json.loads(file.read_text()) | {"wall_s": round(time.monotonic() - began, 1)}

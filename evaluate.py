@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
 from utils import evaluation as ev
 from utils.cli import run
-from utils.data import ClipSource
+from utils.data import ClipSource, frames_folder
 from utils.perceptual import load_i3d, load_lpips
 from utils.report import Picture, comparison, sections, write_report
 from utils.video import strip, sweep, upscale
@@ -199,7 +200,7 @@ def main(cfg: Config) -> None:
     tokenizer = world.tokenizer if world else model if kind == "tokenizer" else None
     lam = world.lam if world else model if kind == "lam" else None
 
-    data_dir = cfg.data_dir or stored["train"]["data_dir"]
+    data_dir = cfg.data_dir or frames_folder(stored["train"]["data_dir"])
     source = ClipSource(data_dir, cfg.split, world.cfg.window if world else stored["train"]["seq_len"])
     shape = (tokenizer.cfg if tokenizer else model.cfg).frame_shape
     if source.metadata.frame_shape != shape:
@@ -250,11 +251,14 @@ def main(cfg: Config) -> None:
         "clips_digest": ev.digest(truth),
         "perceptual_net": cfg.perceptual_net if lpips else None,
     }
-    write_action_labels(cfg, results, world, source, pool)
     metrics = results.to_json()
     folder = Path(cfg.output_dir or Path(cfg.checkpoint) / "evaluation")
     _write_json(folder / "metrics.json", metrics)
     _write_json(folder / "speed.json", speed | {"wall_seconds": round(time.perf_counter() - began, 1)})
+    try:
+        write_action_labels(cfg, results, world, source, pool)
+    except OSError as error:  # somebody else's checkpoint, perhaps; the measurements are not lost for that
+        print(f"warning: no labels of the actions for play.py: {error}", file=sys.stderr)
     write_report(folder, f"{kind.capitalize()} {cfg.checkpoint}", sections(metrics, pictures, speed if world else None))
     for name in ("tokenizer_psnr", "lam_psnr", "rollout_psnr", "copy_last_frame_psnr", "delta_psnr_t4", "fvd"):
         if name in metrics:

@@ -28,7 +28,7 @@ from models.nn import Compute
 from models.sampling import SamplingConfig
 from utils.actions import read_actions
 from utils.cli import run
-from utils.data import ClipSource
+from utils.data import ClipSource, frames_folder
 from utils.game import MAX_STEPS, Game
 from utils.serving import LOOPBACK, Engine, guard
 
@@ -73,8 +73,8 @@ class Config:
     """That the page starts with, and of the choice of frames to start from."""
     fps: float = 0.0
     """Frames per second that the page aims at; 0 takes the dataset's."""
-    dtype: str = "auto"
-    """float32 or bfloat16; auto takes bfloat16 on a GPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto takes bfloat16 on a GPU."""
     compile_cache: str = "~/.cache/jafar"
     """Folder of compiled programs, for quick restarts; empty for none."""
 
@@ -117,7 +117,7 @@ def load_game(cfg: Config) -> Game:
 def open_dataset(cfg: Config, folder: str) -> tuple[ClipSource | None, str]:
     """The clips to start from; or None, if the world's own dataset has gone, and what to tell the player."""
     try:
-        return ClipSource(folder, cfg.split, 1), ""
+        return ClipSource(cfg.data_dir or frames_folder(folder), cfg.split, 1), ""
     except InputError as error:
         if cfg.data_dir:
             raise

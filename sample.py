@@ -12,6 +12,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from models.nn import Compute
 from models.sampling import SamplingConfig, rollout
 from utils.actions import read_actions
 from utils.cli import run
-from utils.data import Batch, ClipSource, batches
+from utils.data import Batch, ClipSource, batches, frames_folder, longest_clip
 from utils.metrics import pooled_psnr, ssim
 from utils.video import label, strip, sweep, upscale, write_png, write_video
 
@@ -56,43 +57,49 @@ class Config(SamplingConfig):
     """Enlargement of the frames that are written."""
     seed: int = 0
     """Of the choice of clips and of sampling."""
-    dtype: str = "auto"
-    """float32 or bfloat16; auto takes bfloat16 on a GPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto takes bfloat16 on a GPU."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("prompt_frames", "num_clips", "shown_clips", "scale"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.num_frames < 0:
+            raise InputError(f"--num_frames {self.num_frames}: must not be negative")
 
 
-def choose_actions(cfg: Config, world: World, clips: Batch, frames_BTHWC: jax.Array, length: int) -> np.ndarray:
-    """Actions (B, length), int32, from frame t to frame t + 1."""
-    A, B = world.num_actions, len(frames_BTHWC)
+def known_actions(world: World, clips: Batch, length: int) -> np.ndarray:
+    """What was done between the first frames of clips, (B, length), int32: inferred or true; -1 where unknown."""
+    if length == 0 or (world.lam is None and clips.actions_BT is None):
+        return np.full((len(clips.frames_BTHWC), length), -1, np.int32)
+    if world.lam is None:
+        return np.asarray(clips.actions_BT)[:, :length]
+    return np.asarray(world.infer_actions(jnp.asarray(clips.frames_BTHWC[:, : length + 1], jnp.float32) / 255))
+
+
+def choose_actions(cfg: Config, world: World, clips: Batch, num_frames: int) -> np.ndarray:
+    """Actions (B, num_frames), int32, that lead to the frames to predict."""
+    A, B = world.num_actions, len(clips.frames_BTHWC)
     if cfg.actions == "random":
-        return np.random.default_rng(cfg.seed).integers(0, A, (B, length), np.int32)
+        return np.random.default_rng(cfg.seed).integers(0, A, (B, num_frames), np.int32)
     if cfg.actions == "true" and world.lam is not None:
         raise InputError("--actions true: this world was trained on latent actions; use inferred, random or a list")
     if cfg.actions in ("inferred", "true"):
-        known = clips.actions_BT if world.lam is None else world.infer_actions(frames_BTHWC)
-        return np.asarray(known)[:, :length]
+        if world.lam is None and clips.actions_BT is None:
+            raise InputError(f"--actions {cfg.actions}: the dataset has none; use random or a list")
+        return known_actions(world, clips, cfg.prompt_frames - 1 + num_frames)[:, cfg.prompt_frames - 1 :]
     if not re.fullmatch(r"\d+(,\d+)*", cfg.actions):
         raise InputError(f"--actions {cfg.actions}: expected inferred, random, true, sweep or a list such as 0,3,3,5")
     given = [int(a) for a in cfg.actions.split(",")]
     if max(given) >= A:
         raise InputError(f"--actions {cfg.actions}: this world has the actions 0 to {A - 1}")
-    return np.broadcast_to(np.resize(np.array(given, np.int32), length), (B, length))
+    return np.broadcast_to(np.resize(np.array(given, np.int32), num_frames), (B, num_frames))
 
 
-def play_sweep(cfg: Config, world: World, prompt: jax.Array, num_frames: int, sampling: SamplingConfig) -> np.ndarray:
-    """Frames (A, T, H, W, C), uint8: the first prompt, and what follows if one action is held."""
-    A = world.num_actions
-    prompts = jnp.repeat(prompt[:1], A, axis=0)
-    between = choose_between(world, prompts)
-    held = jnp.broadcast_to(jnp.arange(A, dtype=jnp.int32)[:, None], (A, num_frames))
-    predicted = rollout(world, prompts, jnp.concatenate([between, held], axis=1), jax.random.key(cfg.seed), sampling)
-    return np.asarray(jnp.concatenate([prompts, predicted], axis=1) * 255 + 0.5).astype(np.uint8)
-
-
-def choose_between(world: World, prompts: jax.Array) -> jax.Array:
-    """Actions (A, T - 1) between the prompt frames: inferred ones, or in a world of true actions none."""
-    if world.lam is None or prompts.shape[1] == 1:
-        return jnp.full((len(prompts), prompts.shape[1] - 1), -1, jnp.int32)
-    return world.infer_actions(prompts)
+def to_uint8(*parts: jax.Array) -> np.ndarray:
+    """One video (B, T, H, W, C), uint8, from parts that follow each other, in [0, 1]."""
+    return np.asarray(jnp.concatenate(parts, axis=1) * 255 + 0.5).astype(np.uint8)
 
 
 def labels(cfg: Config, world: World, source: ClipSource) -> list[str]:
@@ -125,12 +132,18 @@ def draw(cfg: Config, truth: np.ndarray, predicted: np.ndarray, actions: np.ndar
 def main(cfg: Config) -> None:
     default = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     world = load_world(cfg.checkpoint, Compute(dtype=default if cfg.dtype == "auto" else cfg.dtype))  # type: ignore[arg-type]
-    data_dir = cfg.data_dir or read_config(cfg.checkpoint)["train"]["data_dir"]
+    data_dir = cfg.data_dir or frames_folder(read_config(cfg.checkpoint)["train"]["data_dir"])
     num_frames = cfg.num_frames or world.cfg.window - cfg.prompt_frames
-    if cfg.prompt_frames < 1 or num_frames < 1:
+    if num_frames < 1:
         raise InputError(f"--prompt_frames {cfg.prompt_frames}: must be from 1 to {world.cfg.window - 1}")
     from_truth = cfg.actions in ("inferred", "true")
     length = cfg.prompt_frames + num_frames
+    longest = longest_clip(data_dir, cfg.split)
+    if from_truth and length > longest:
+        raise InputError(
+            f"--num_frames {num_frames}: the longest clip in {data_dir}/{cfg.split} has {longest} frames, and with "
+            f"--actions {cfg.actions} the truth must be as long; choose fewer, or --actions random or a list"
+        )
     source = ClipSource(data_dir, cfg.split, length if from_truth else min(length, world.cfg.window))
     if source.metadata.frame_shape != world.cfg.tokenizer.frame_shape:
         raise InputError(
@@ -140,18 +153,23 @@ def main(cfg: Config) -> None:
     clips = next(batches(source, cfg.num_clips, cfg.seed))
     truth = jnp.asarray(clips.frames_BTHWC, jnp.float32) / 255
     prompt = truth[:, : cfg.prompt_frames]
+    between = known_actions(world, clips, cfg.prompt_frames - 1)
     sampling = SamplingConfig(cfg.steps, cfg.temperature, cfg.order, cfg.top_k, cfg.top_p)
     folder = Path(cfg.output_dir or Path(cfg.checkpoint) / "samples")
     if cfg.actions == "sweep":
-        picture = sweep(play_sweep(cfg, world, prompt, num_frames, sampling), labels(cfg, world, source))
+        A = world.num_actions
+        held = np.broadcast_to(np.arange(A, dtype=np.int32)[:, None], (A, num_frames))
+        actions = np.concatenate([between[:1].repeat(A, axis=0), held], axis=1)
+        prompts = jnp.repeat(prompt[:1], A, axis=0)
+        predicted = rollout(world, prompts, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
+        picture = sweep(to_uint8(prompts, predicted), labels(cfg, world, source))
         folder.mkdir(parents=True, exist_ok=True)
         write_png(folder / "sweep.png", picture)
         print(f"wrote {folder}/sweep.png")
         return
-    actions = choose_actions(cfg, world, clips, truth, length - 1)
+    actions = np.concatenate([between, choose_actions(cfg, world, clips, num_frames)], axis=1)
     predicted = rollout(world, prompt, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
-
-    video = np.asarray(jnp.concatenate([prompt, predicted], axis=1) * 255 + 0.5).astype(np.uint8)
+    video = to_uint8(prompt, predicted)
     shown = slice(min(cfg.shown_clips, cfg.num_clips))
     draw(cfg, clips.frames_BTHWC[shown], video[shown], actions[shown], source.metadata.fps, folder)
     if from_truth:

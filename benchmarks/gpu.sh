@@ -6,7 +6,6 @@ set -uo pipefail
 out=${1:-runs/gpu}
 data=${2:-$out/data}
 mkdir -p "$out"
-export JAX_COMPILATION_CACHE_DIR=$out/cache
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/machine.txt"
 python -c 'import flax, jax; print("jax", jax.__version__, "flax", flax.__version__)' | tee -a "$out/machine.txt"
 
@@ -38,7 +37,7 @@ measure checkpoint benchmarks.checkpoint --preset coinrun --dtype bfloat16 --mod
 
 # A real training, for the share of time spent waiting for data.
 training="train_tokenizer.py --preset coinrun --dtype bfloat16 --num_steps 150 --log_interval 50 --val_batches 1"
-[ -f "$data/metadata.json" ] || python generate_dataset.py --output_dir "$data" --num_episodes 100 >"$out/data.txt" 2>&1
+[ -f "$data/metadata.json" ] || timeout 60 python generate_dataset.py --output_dir "$data" --num_episodes 100 >"$out/data.txt" 2>&1
 rm -rf "$out/training"
 if ! timeout 120 python $training --data_dir "$data" --ckpt_dir "$out/training" >"$out/training.txt" 2>&1; then
     echo "training failed: $(tail -n 1 "$out/training.txt")"

@@ -134,15 +134,30 @@ def test_long_rollouts_keep_their_size_and_slide(world):
     state = start_rollout(world, FRAMES[:, :1], ACTIONS[:, :0])
     sizes = [x.shape for x in jax.tree.leaves(state)]
     step = jax.jit(lambda state, key: next_frame(world, state, jnp.array([1, 2]), key, cfg))
+    S = WINDOW - 1
     for i in range(3 * WINDOW):
+        before = state
         frame, state = step(state, jax.random.key(i))
+        # Each frame takes the place of the one that is S frames older, and touches no other.
+        for old, new in zip((*before.dynamics, *before.decoder), (*state.dynamics, *state.decoder), strict=True):
+            axis = 5 if old.shape[5] == S else 4
+            changed = np.moveaxis(np.asarray(old != new), axis, 0).reshape(S, -1).any(axis=1)
+            np.testing.assert_array_equal(changed, np.arange(S) == int(before.frame) % S)
         assert [x.shape for x in jax.tree.leaves(state)] == sizes
         assert np.isfinite(frame).all()
     assert int(state.frame) == 1 + 3 * WINDOW
     assert step._cache_size() == 1
-    # The ring holds the last window - 1 frames: what lies further back has no influence.
-    forgotten = state._replace(frame=state.frame + 4 * (WINDOW - 1))
-    assert jax.tree.map(jnp.shape, forgotten) == jax.tree.map(jnp.shape, state)
+    # All that the ring holds counts, wherever it begins.
+    tokens = jnp.zeros((2, 1, 4), jnp.int32)
+    run = jax.jit(
+        lambda past: world.dynamics.run(tokens, tokens > 0, tokens[:, :, 0], past, state.frame, tokens[:, 0])[0]
+    )
+    logits, past = run(state.dynamics), state.dynamics
+    for slot in range(S):
+        other = past._replace(v_BNQSD=past.v_BNQSD.at[..., slot, :].add(1.0))
+        assert np.abs(run(other) - logits).max() > 1e-4
+    turned = type(past)(jnp.roll(past.k_BNQDS, 1, axis=5), jnp.roll(past.v_BNQSD, 1, axis=4))
+    np.testing.assert_allclose(run(turned), logits, atol=1e-5)
 
 
 def test_prompts_longer_than_the_window_count_by_their_end(world):

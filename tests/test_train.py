@@ -1,6 +1,7 @@
 """The training scripts as users run them: what they leave behind, resume, what stays frozen, and clear refusals."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -8,13 +9,16 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import sample
 from models.genie import checkpoint_steps, load_lam, load_tokenizer, load_world
+from sample import choose_actions, known_actions
 from tests.conftest import CACHE, FRAME, LAM, ROOT, SMALL, TOKENIZER, make_clip, make_dataset, script
-from utils.data import Metadata, write_metadata, write_shard
+from utils.data import ClipSource, Metadata, batches, write_metadata, write_shard
 from utils.video import label, read_image
 
 
@@ -150,6 +154,9 @@ def test_stored_tokens_give_the_loss_of_the_frames(trained, tmp_path):
     assert "36 clips of 6 frames as tokens" in done.stdout
     for name, data in (("plain", frames), ("stored", tokens)):
         script("train_dynamics", *SMALL, *parts, *flags(data, tmp_path / name))
+    # Such a world is sampled from the frames behind its tokens.
+    script("sample", "--checkpoint", tmp_path / "stored", "--steps", 1, "--num_clips", 2)
+    assert (tmp_path / "stored" / "samples" / "rollout.gif").exists()
     plain, stored_ = losses(tmp_path / "plain"), losses(tmp_path / "stored")
     assert plain.keys() == stored_.keys()
     np.testing.assert_allclose(list(stored_.values()), list(plain.values()), rtol=1e-4)
@@ -240,11 +247,26 @@ def test_bad_input_is_refused_in_one_line(trained, dataset, tmp_path):
          "made for frames of (16, 16, 3)"),
         ("sample", ["--checkpoint", trained["lam"]], "holds a lam, but a world is needed"),
         ("sample", ["--checkpoint", trained["world"], "--actions", "0,9"], "this world has the actions 0 to 2"),
-        ("sample", ["--checkpoint", trained["world"], "--prompt_frames", 0], "--prompt_frames 0"),
+        ("sample", ["--checkpoint", trained["world"], "--prompt_frames", 6], "--prompt_frames 6: must be from 1 to 5"),
+        ("sample", ["--checkpoint", trained["world"], "--num_frames", 90], "--num_frames 90: the longest clip"),
     ]  # fmt: skip
     for name, given, message in cases:
         assert message in refused(script(name, *given, check=False)), given
     assert checkpoint_steps(trained["tokenizer"]) == [3, 6]
+
+
+def test_a_world_resumes_with_the_parts_that_it_began_with(trained, dataset, tmp_path):
+    tokenizer, world = tmp_path / "tokenizer", tmp_path / "world"
+    for name in ("tokenizer", "world"):
+        shutil.copytree(trained[name], tmp_path / name)
+        shutil.rmtree(tmp_path / name / "6")
+    resume = ["train_dynamics", *SMALL, *flags(dataset, world)]
+    other = script(*resume, "--tokenizer_checkpoint", tokenizer, "--lam_checkpoint", trained["lam"], check=False)
+    assert "parts.tokenizer: stored" in refused(other)
+    lam = ["--lam.width", 16, "--lam.num_heads", 2, "--lam.num_blocks", 1, "--lam.patch_size", 8, "--lam.num_codes", 3]
+    none = script(*resume, "--tokenizer_checkpoint", trained["tokenizer"], *lam, check=False)
+    assert "parts.lam: stored" in refused(none)
+    assert checkpoint_steps(world) == [3]
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused(dataset, tmp_path):
@@ -270,11 +292,23 @@ def test_sample_writes_videos_a_strip_and_a_table(trained, tmp_path):
            "--num_clips", 2)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", ["train_tokenizer", "train_lam", "train_dynamics", "sample", "generate_dataset", "preprocess_dataset"]
-)
+def test_given_actions_begin_after_the_prompt(trained, dataset):
+    world = load_world(trained["world"])
+    clips = next(batches(ClipSource(str(dataset), "val", 6), 2, 0))
+    inferred = np.asarray(world.infer_actions(jnp.asarray(clips.frames_BTHWC, jnp.float32) / 255))
+    np.testing.assert_array_equal(known_actions(world, clips, 2), inferred[:, :2])
+    given = sample.Config(actions="0,2", prompt_frames=3)
+    np.testing.assert_array_equal(choose_actions(given, world, clips, 3), [[0, 2, 0]] * 2)
+    as_inferred = sample.Config(prompt_frames=3)
+    np.testing.assert_array_equal(choose_actions(as_inferred, world, clips, 3), inferred[:, 2:5])
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(ROOT.glob("*.py"))])
 def test_help_explains_every_flag(name):
-    text = script(name, "--help").stdout
-    assert "--" in text
-    for line in text.replace("│", " ").splitlines():
-        assert "(required)" not in line
+    text = script(name, "--help").stdout.replace("│", " ")
+    flags_ = re.split(r"\n (?=--)", text.partition("-h, --help")[2])[1:]
+    assert len(flags_) >= 2
+    for flag in flags_:
+        # After the flag's name and type there are words, and not its default alone.
+        explained = re.sub(r"^\S+( \{.*?\}| \[.*?\]| [A-Z|]+)*|\(default:.*?\)", "", flag, flags=re.DOTALL)
+        assert len(re.findall(r"[a-z]{2,}", explained)) >= 2, flag
