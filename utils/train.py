@@ -189,7 +189,9 @@ def fit(
     if is_main:
         print(_memory(compiled, time.monotonic() - began), flush=True)
     if cfg.debug_nans:
-        compiled = step_fn  # which, other than what it compiles to, is run again operation by operation after a NaN
+        # As a jitted function it is run again after a NaN, operation by operation; the flag set above may be lost in
+        # this thread, for JAX forgets its check when a library turns it off for a while.
+        compiled = jax.debug_nans(True)(step_fn)
 
     writers: list[Writer] = _writers(cfg, kind, folder, first_step, model_cfg) if is_main else []
     schedule = _Rate(cfg, clip_flops, mesh.size)
