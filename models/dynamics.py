@@ -20,7 +20,7 @@ class DynamicsConfig(STConfig):
     """Size of the dynamics model. Defaults: Appendix F, CoinRun."""
 
     num_blocks: int = 12
-    """ST blocks."""
+    """ST blocks of the dynamics model."""
     kind: Literal["maskgit", "causal"] = "maskgit"
     """maskgit fills hidden tokens in any order; causal predicts token after token, row by row."""
     action_token: Literal["prepend", "add"] = "prepend"

@@ -309,9 +309,9 @@ def test_given_actions_begin_after_the_prompt(trained, dataset):
 def test_help_explains_every_flag(name):
     text = script(name, "--help").stdout
     # At the left, behind a box's side where one is drawn; explanations are indented.
-    flags_ = re.split(r"\n\W{0,2}(?=--)", text.partition("-h, --help")[2])[1:]
+    flags_ = re.split(r"\n\W{0,2}(?=--[a-z])", text.partition("-h, --help")[2])[1:]
     assert len(flags_) >= 2
     for flag in flags_:
         # After the flag's name and type there are words, and not its default alone.
         explained = re.sub(r"^\S+( \{.*?\}| \[.*?\]| [A-Z|]+)*|\(default:.*?\)", "", flag, flags=re.DOTALL)
-        assert len(re.findall(r"[a-z]{2,}", explained)) >= 2, flag
+        assert len(re.findall(r"[A-Za-z]{2,}", explained)) >= 2, flag
