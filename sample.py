@@ -139,7 +139,7 @@ def main(cfg: Config) -> None:
     from_truth = cfg.actions in ("inferred", "true")
     length = cfg.prompt_frames + num_frames
     longest = longest_clip(data_dir, cfg.split)
-    if from_truth and length > longest:
+    if from_truth and 0 < longest < length:
         raise InputError(
             f"--num_frames {num_frames}: the longest clip in {data_dir}/{cfg.split} has {longest} frames, and with "
             f"--actions {cfg.actions} the truth must be as long; choose fewer, or --actions random or a list"
