@@ -25,6 +25,7 @@ from models.sampling import SamplingConfig, rollout
 from utils.actions import read_actions
 from utils.cli import run
 from utils.data import Batch, ClipSource, batches, frames_folder, longest_clip
+from utils.evaluation import to_uint8
 from utils.metrics import pooled_psnr, ssim
 from utils.video import label, strip, sweep, upscale, write_png, write_video
 
@@ -97,11 +98,6 @@ def choose_actions(cfg: Config, world: World, clips: Batch, num_frames: int) -> 
     return np.broadcast_to(np.resize(np.array(given, np.int32), num_frames), (B, num_frames))
 
 
-def to_uint8(*parts: jax.Array) -> np.ndarray:
-    """One video (B, T, H, W, C), uint8, from parts that follow each other, in [0, 1]."""
-    return np.asarray(jnp.concatenate(parts, axis=1) * 255 + 0.5).astype(np.uint8)
-
-
 def labels(cfg: Config, world: World, source: ClipSource) -> list[str]:
     """What the actions mostly do, as evaluate.py found out; empty where it did not run."""
     names = source.metadata.action_names if world.lam is None else None
@@ -162,14 +158,15 @@ def main(cfg: Config) -> None:
         actions = np.concatenate([between[:1].repeat(A, axis=0), held], axis=1)
         prompts = jnp.repeat(prompt[:1], A, axis=0)
         predicted = rollout(world, prompts, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
-        picture = sweep(to_uint8(prompts, predicted), labels(cfg, world, source))
+        video = np.asarray(to_uint8(jnp.concatenate([prompts, predicted], axis=1)))
+        picture = sweep(video, labels(cfg, world, source))
         folder.mkdir(parents=True, exist_ok=True)
         write_png(folder / "sweep.png", picture)
         print(f"wrote {folder}/sweep.png")
         return
     actions = np.concatenate([between, choose_actions(cfg, world, clips, num_frames)], axis=1)
     predicted = rollout(world, prompt, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
-    video = to_uint8(prompt, predicted)
+    video = np.asarray(to_uint8(jnp.concatenate([prompt, predicted], axis=1)))
     shown = slice(min(cfg.shown_clips, cfg.num_clips))
     draw(cfg, clips.frames_BTHWC[shown], video[shown], actions[shown], source.metadata.fps, folder)
     if from_truth:
