@@ -20,17 +20,17 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from evaluation import measures as ev
+from evaluation.perceptual import load_i3d, load_lpips
+from evaluation.report import Picture, comparison, sections, write_report
 from models.errors import InputError
 from models.genie import World, load, read_config
 from models.lam import LAM
 from models.nn import Compute
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
-from utils import evaluation as ev
 from utils.cli import run
 from utils.data import ClipSource, frames_folder
-from utils.perceptual import load_i3d, load_lpips
-from utils.report import Picture, comparison, sections, write_report
 from utils.video import strip, sweep, upscale
 
 SHOWN = 4  # clips in a picture

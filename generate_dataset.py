@@ -36,7 +36,7 @@ from models.errors import InputError
 from utils.cli import run
 
 if TYPE_CHECKING:
-    from utils.data import Clip, Shard
+    from utils.records import Clip, Shard
 
 EPISODE_STEPS = 1000
 FRAME_SHAPE = (64, 64, 3)
@@ -96,7 +96,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from utils.data import SPLITS, Metadata, write_metadata
+    from utils.records import SPLITS, Metadata, write_metadata
 
     _check(config)
     made_by = _made_by(config, _import_procgen().__version__.strip())
@@ -182,7 +182,7 @@ class Recording(NamedTuple):
 
 def make_clips(config: Config, task: Task) -> list["Clip"]:
     """Plays the episodes of one shard: a function of the seed, the split and the index of the shard alone."""
-    from utils.data import SPLITS, Clip
+    from utils.records import SPLITS, Clip
 
     key = (SPLITS.index(task.split), task.index)
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=key))
@@ -313,7 +313,7 @@ def _unfinished(folder: Path, made_by: dict[str, Any]) -> Iterator[Path]:
     Raises:
       InputError: The dataset exists, or is the unfinished one of another configuration, or the folder is not ours.
     """
-    from utils.data import FORMAT_VERSION
+    from utils.records import FORMAT_VERSION
 
     unfinished = folder / "unfinished"
     noted, expected = unfinished / "made_by.json", made_by | {"format_version": FORMAT_VERSION}
@@ -359,7 +359,7 @@ def _note_of(unfinished: Path, task: Task) -> Path:
 
 def _finished_shard(folder: Path, unfinished: Path, task: Task) -> "Shard | None":
     """The shard as an interrupted run noted it, or None if it is still to be made."""
-    from utils.data import Shard
+    from utils.records import Shard
 
     note = _note_of(unfinished, task)
     if not (note.exists() and (folder / task.file).exists()):
@@ -369,7 +369,7 @@ def _finished_shard(folder: Path, unfinished: Path, task: Task) -> "Shard | None
 
 def _make_shard(config: Config, task: Task, unfinished: Path, scratch: Path) -> tuple[Task, "Shard"]:
     """Makes one file and notes that it is finished; runs in a worker."""
-    from utils.data import write_shard
+    from utils.records import write_shard
 
     folder = Path(config.output_dir)
     clips = make_clips(config, task)

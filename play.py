@@ -26,11 +26,11 @@ from models.errors import InputError
 from models.genie import load_world, read_config
 from models.nn import Compute
 from models.sampling import SamplingConfig
-from utils.actions import read_actions
+from player.actions import read_actions
+from player.engine import LOOPBACK, Engine, guard
+from player.game import MAX_STEPS, Game
 from utils.cli import run
 from utils.data import ClipSource, frames_folder
-from utils.game import MAX_STEPS, Game
-from utils.serving import LOOPBACK, Engine, guard
 
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -129,7 +129,7 @@ def build_app(game: Game, loopback: bool = True) -> web.Application:
     """The server: the page at /, its WebSocket at /socket, and /status, which tells how many play."""
 
     async def page(request: web.Request) -> web.Response:
-        text = (Path(__file__).parent / "play.html").read_text(encoding="utf-8")
+        text = (Path(__file__).parent / "player" / "page.html").read_text(encoding="utf-8")
         return web.Response(text=text, content_type="text/html", headers=SECURITY)
 
     async def status(request: web.Request) -> web.Response:

@@ -33,9 +33,11 @@ import numpy as np
 from tqdm import tqdm
 
 from models.errors import InputError
-from utils import tokens, video
+from sources import images, tokens
+from sources import video as video_source
+from utils import video
 from utils.cli import run
-from utils.data import SPLITS, Clip, Metadata, Shard, write_metadata, write_shard
+from utils.records import SPLITS, Clip, Metadata, Shard, write_metadata, write_shard
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 FRAME_KEYS = ("frames", "observations", "video", "arr_0")  # where an .npz holds its frames, in order of preference
@@ -222,9 +224,9 @@ def find_sources(config: Config) -> list[Source]:
                 print(f"{path}: not read; Jafar keeps a pickle there, which could run code, and it is not needed")
             elif suffix in ARRAY_SUFFIXES:
                 found["npy"].append(Source(str(path.relative_to(root)), path, "npy"))
-            elif suffix in video.VIDEO_SUFFIXES:
+            elif suffix in video_source.VIDEO_SUFFIXES:
                 found["video"].append(Source(str(path.relative_to(root)), path, "video"))
-            has_images |= suffix in video.IMAGE_SUFFIXES
+            has_images |= suffix in images.IMAGE_SUFFIXES
         if has_images:
             found["images"].append(Source(str(Path(folder).relative_to(root)), Path(folder), "images"))
     kinds = [kind for kind in found if found[kind]] if config.source == "auto" else [config.source]
@@ -452,11 +454,11 @@ def read_header(source: Source) -> Header:
       InputError: It cannot be read.
     """
     if source.kind == "video":
-        info = video.read_video_info(source.path)
+        info = video_source.read_video_info(source.path)
         return Header(info.num_frames, info.height, info.width, info.fps)
     if source.kind == "images":
         files = _image_files(source.path)
-        height, width = video.read_image(files[0]).shape[:2]
+        height, width = images.read_image(files[0]).shape[:2]
         return Header(len(files), height, width)
     key, names = _frames_key(source.path)
     shape = _array_shape(source.path, key)
@@ -470,9 +472,9 @@ def read_episode(source: Source, fps: Fraction) -> Episode:
       InputError: It cannot be read; also while frames are being asked for.
     """
     if source.kind == "video":
-        return Episode(video.iterate_video(source.path, fps))
+        return Episode(video_source.iterate_video(source.path, fps))
     if source.kind == "images":
-        return Episode(video.read_image(file) for file in _image_files(source.path))
+        return Episode(images.read_image(file) for file in _image_files(source.path))
     key, names = _frames_key(source.path)
     num_frames = _array_shape(source.path, key)[0]
     try:
@@ -586,7 +588,7 @@ def _image_files(folder: Path) -> list[Path]:
     files = [
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in video.IMAGE_SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in images.IMAGE_SUFFIXES and not path.name.startswith(".")
     ]
     if not files:
         raise InputError(f"{folder}: has no pictures")

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evaluation.measures import to_uint8
 from models.errors import InputError
 from models.genie import World, load_world, read_config
 from models.nn import Compute
 from models.sampling import SamplingConfig, rollout
-from utils.actions import read_actions
+from player.actions import read_actions
 from utils.cli import run
 from utils.data import Batch, ClipSource, batches, frames_folder, longest_clip
-from utils.evaluation import to_uint8
 from utils.metrics import pooled_psnr, ssim
 from utils.video import label, strip, sweep, upscale, write_png, write_video
 

@@ -20,8 +20,9 @@ from models.genie import World, WorldConfig, fingerprint, load_lam, load_tokeniz
 from models.lam import LAMConfig, infer_flops, step_flops
 from models.tokenizer import encode_flops
 from utils.cli import run
-from utils.data import Batch, ClipSource, TokenInfo
+from utils.data import Batch, ClipSource
 from utils.metrics import psnr, usage
+from utils.records import TokenInfo
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
 

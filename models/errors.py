@@ -1,9 +1,28 @@
-"""The one exception that means: the fault is in what was given, not in the code."""
+"""The project's own exceptions. Scripts print them in one line, without a traceback, and exit with status 1."""
 
 
 class InputError(ValueError):
-    """A value, file or checkpoint given by the user cannot work.
+    """A value, file or checkpoint given by the user cannot work: the fault is in what was given, not in the code.
 
-    The message is one line that names the offending value, what was expected and what to do. Scripts print it
-    without a traceback and exit with status 1.
+    The message is one line that names the offending value, what was expected and what to do. Fields and parameters
+    stand in backticks (`width`): where a command line set them, `utils.cli` writes the flag in their place.
+
+    Args:
+      of: The class of the configuration whose field is meant, where it is part of a larger one (`TokenizerConfig`).
     """
+
+    def __init__(self, message: str, of: type | None = None):
+        super().__init__(message)
+        self.of = of
+
+
+class DivergenceError(ArithmeticError):
+    """A training ran into numbers that are not finite.
+
+    step: After which it was seen.
+    name, value: Of the metric that showed it.
+    """
+
+    def __init__(self, message: str, step: int, name: str, value: float):
+        super().__init__(message)
+        self.step, self.name, self.value = step, name, value

@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import jax  # noqa: E402 (the cache is set before)
 
-from utils.data import Clip, Metadata, write_metadata, write_shard  # noqa: E402
+from utils.records import Clip, Metadata, write_metadata, write_shard  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "allow")
 

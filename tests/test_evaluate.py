@@ -12,17 +12,9 @@ import scipy
 from flax import nnx
 
 import evaluate
-from models.dynamics import DynamicsConfig
-from models.errors import InputError
-from models.genie import CONFIG_VERSION, World, WorldConfig
-from models.nn import Compute
-from models.sampling import SamplingConfig, rollout
-from models.tokenizer import TokenizerConfig
-from tests.conftest import CACHE, FRAME, make_dataset, script
-from utils import evaluation as ev
-from utils.data import ClipSource
-from utils.report import Chart, HeatMap, Line, Picture, Section, Table, svg_chart, ticks, write_report
-from utils.statistics import (
+from evaluation import measures as ev
+from evaluation.report import Chart, HeatMap, Line, Picture, Section, Table, svg_chart, ticks, write_report
+from evaluation.statistics import (
     adjusted_mutual_information,
     best_map,
     contingency,
@@ -31,6 +23,14 @@ from utils.statistics import (
     frechet_distance,
     jackknife,
 )
+from models.dynamics import DynamicsConfig
+from models.errors import InputError
+from models.genie import CONFIG_VERSION, World, WorldConfig
+from models.nn import Compute
+from models.sampling import SamplingConfig, rollout
+from models.tokenizer import TokenizerConfig
+from tests.conftest import CACHE, FRAME, make_dataset, script
+from utils.data import ClipSource
 
 rng = np.random.default_rng(0)
 B, T, A = 6, 10, 3

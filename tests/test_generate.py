@@ -22,7 +22,8 @@ import generate_dataset
 from generate_dataset import ACTION_NAMES, FIRST_LEVEL, Config, Task, choose_actions, main, make_clips, plan
 from models.errors import InputError
 from utils.cli import run
-from utils.data import SPLITS, Clip, ClipSource, read_metadata
+from utils.data import ClipSource
+from utils.records import SPLITS, Clip, read_metadata
 
 with contextlib.redirect_stderr(io.StringIO()):
     from procgen import ProcgenGym3Env

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.errors import InputError
-from utils.perceptual import (
+from evaluation.perceptual import (
     I3D,
     LPIPS,
     Convolution,
@@ -22,6 +21,7 @@ from utils.perceptual import (
     read_weights,
     unit_weights,
 )
+from models.errors import InputError
 
 needs = lambda name: pytest.mark.skipif(
     find_weights(name) is None, reason=f"the weights of {name} are not installed (make eval-deps)"

@@ -27,18 +27,18 @@ from aiohttp.test_utils import TestServer
 from flax import nnx
 from PIL import Image
 
-import utils.game
+import player.game
 from models.errors import InputError
 from models.genie import World, load_world
 from models.nn import Compute
 from models.sampling import SamplingConfig, rollout
 from play import Config, build_app, load_game, open_dataset
+from player.actions import Action, idle_action, read_actions
+from player.engine import Engine, Request, decode_picture, fit_picture
+from player.game import MAX_UPLOAD, Game, Player, matching_actions
+from sources.video import read_video
 from tests.conftest import CACHE, ROOT
 from tests.test_sampling import CONFIG
-from utils.actions import Action, idle_action, read_actions
-from utils.game import MAX_UPLOAD, Game, Player, matching_actions
-from utils.serving import Engine, Request, decode_picture, fit_picture
-from utils.video import read_video
 
 TEN_SECONDS = 10
 
@@ -349,7 +349,7 @@ def test_of_requests_that_come_too_fast_the_latest_counts(game):
 
 
 def test_a_browser_that_takes_nothing_in_is_cut_off(game, monkeypatch):
-    monkeypatch.setattr(utils.game, "SEND_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(player.game, "SEND_TIMEOUT_S", 0.01)
     cut = []
 
     class Stuck:
@@ -366,7 +366,7 @@ def test_a_browser_that_takes_nothing_in_is_cut_off(game, monkeypatch):
 
 
 def test_who_asks_for_nothing_makes_room(game, monkeypatch):
-    monkeypatch.setattr(utils.game, "IDLE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(player.game, "IDLE_TIMEOUT_S", 0.05)
 
     async def play():
         async with serving(game) as (_, _, connect):

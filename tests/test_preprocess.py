@@ -15,7 +15,8 @@ import preprocess_dataset
 from models.errors import InputError
 from preprocess_dataset import Config, main
 from utils import video
-from utils.data import SPLITS, ClipSource, batches, read_metadata
+from utils.data import ClipSource, batches
+from utils.records import SPLITS, read_metadata
 
 
 def episode(number, num_frames, height=16, width=16):

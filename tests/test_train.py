@@ -17,9 +17,11 @@ import pytest
 import sample
 from models.genie import checkpoint_steps, load_lam, load_tokenizer, load_world
 from sample import choose_actions, known_actions
+from sources.images import read_image
 from tests.conftest import CACHE, FRAME, LAM, ROOT, SMALL, TOKENIZER, make_clip, make_dataset, script
-from utils.data import ClipSource, Metadata, batches, write_metadata, write_shard
-from utils.video import label, read_image
+from utils.data import ClipSource, batches
+from utils.records import Metadata, write_metadata, write_shard
+from utils.video import label
 
 
 def stored(path, step, item="model"):

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from models.errors import InputError
+from sources import images
+from sources import video as source
 from utils import video
 
 
@@ -39,17 +41,17 @@ def psnr(a, b):
 def test_mp4_comes_back(tmp_path, fps):
     frames = gradients()
     video.write_video(tmp_path / "new" / "a.mp4", frames, fps)
-    read, read_fps = video.read_video(tmp_path / "new" / "a.mp4")
+    read, read_fps = source.read_video(tmp_path / "new" / "a.mp4")
     assert read.shape == frames.shape
     assert min(psnr(a, b) for a, b in zip(read, frames, strict=True)) > 38
     assert read_fps == pytest.approx(fps, rel=1e-6)
-    assert video.read_video_info(tmp_path / "new" / "a.mp4") == (12, 64, 96, Fraction(str(fps)))
+    assert source.read_video_info(tmp_path / "new" / "a.mp4") == (12, 64, 96, Fraction(str(fps)))
 
 
 def test_mp4_pads_odd_sides_with_copies(tmp_path):
     frames = gradients()[:, :63, :95]
     video.write_video(tmp_path / "a.mp4", frames, 10)
-    read, _ = video.read_video(tmp_path / "a.mp4")
+    read, _ = source.read_video(tmp_path / "a.mp4")
     assert psnr(read, np.pad(frames, ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")) > 38
 
 
@@ -57,7 +59,7 @@ def test_gif_comes_back(tmp_path):
     frames = numbered(12)
     frames[:, 8:16, 8:16] = (250, 20, 20)
     video.write_video(tmp_path / "a.gif", frames, 10)
-    read, fps = video.read_video(tmp_path / "a.gif")
+    read, fps = source.read_video(tmp_path / "a.gif")
     np.testing.assert_allclose(read, frames, atol=3)
     assert fps == 10
     with Image.open(tmp_path / "a.gif") as image:
@@ -67,13 +69,13 @@ def test_gif_comes_back(tmp_path):
 def test_gif_of_many_colours_is_close(tmp_path):
     frames = gradients()
     video.write_video(tmp_path / "a.gif", frames, 20)
-    assert psnr(video.read_video(tmp_path / "a.gif")[0], frames) > 30
+    assert psnr(source.read_video(tmp_path / "a.gif")[0], frames) > 30
 
 
 def test_equal_frames_of_a_gif_come_back(tmp_path):
     frames = numbered(5, step=40)[[0, 1, 1, 1, 2, 3, 4, 4]]
     video.write_video(tmp_path / "a.gif", frames, 25)
-    assert numbers(video.read_video(tmp_path / "a.gif")[0], step=40) == [0, 1, 1, 1, 2, 3, 4, 4]
+    assert numbers(source.read_video(tmp_path / "a.gif")[0], step=40) == [0, 1, 1, 1, 2, 3, 4, 4]
 
 
 @pytest.mark.parametrize("suffix", ["avi", "webm", "mkv", "mov"])
@@ -84,7 +86,7 @@ def test_other_containers(tmp_path, suffix):
         for frame in numbered(20, step=12):  # mpeg4 is coarse
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    frames, fps = video.read_video(tmp_path / f"a.{suffix}")
+    frames, fps = source.read_video(tmp_path / f"a.{suffix}")
     assert numbers(frames, step=12) == list(range(20))
     assert fps == 25
 
@@ -101,16 +103,16 @@ def test_other_containers(tmp_path, suffix):
 )
 def test_resampling_takes_the_nearest_frame(tmp_path, own_fps, fps, expected):
     video.write_video(tmp_path / "a.mp4", numbered(12), own_fps)
-    assert numbers(video.iterate_video(tmp_path / "a.mp4", fps)) == expected
+    assert numbers(source.iterate_video(tmp_path / "a.mp4", fps)) == expected
 
 
 def test_frames_stay_as_long_as_the_file_says(tmp_path):
     images = [Image.fromarray(frame) for frame in numbered(3, step=80)]
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[100, 300, 200])
-    frames, fps = video.read_video(tmp_path / "a.gif")
+    frames, fps = source.read_video(tmp_path / "a.gif")
     assert fps == 10
     assert numbers(frames, step=80) == [0, 1, 1, 1, 2, 2]
-    assert numbers(video.iterate_video(tmp_path / "a.gif", fps=5), step=80) == [0, 1, 2]
+    assert numbers(source.iterate_video(tmp_path / "a.gif", fps=5), step=80) == [0, 1, 2]
 
 
 def test_a_jump_in_time_is_not_filled(tmp_path):
@@ -121,8 +123,8 @@ def test_a_jump_in_time_is_not_filled(tmp_path):
             frame.pts, frame.time_base = t if t < 5 else t + 36_000, Fraction(1, 10)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    fps = video.read_video_info(tmp_path / "a.mkv").fps
-    assert numbers(video.iterate_video(tmp_path / "a.mkv", fps)) == list(range(10))
+    fps = source.read_video_info(tmp_path / "a.mkv").fps
+    assert numbers(source.iterate_video(tmp_path / "a.mkv", fps)) == list(range(10))
 
 
 def test_rotated_videos_are_upright(tmp_path):
@@ -132,9 +134,9 @@ def test_rotated_videos_are_upright(tmp_path):
     matrix = content.index(b"tkhd") + 4 + 4 + 20 + 16  # past version, times and ids, layer and volume
     content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0, 1 << 30)
     (tmp_path / "a.mp4").write_bytes(content)
-    read, _ = video.read_video(tmp_path / "a.mp4")
+    read, _ = source.read_video(tmp_path / "a.mp4")
     assert psnr(read, np.rot90(frames, -1, axes=(1, 2))) > 38  # a quarter turn clockwise
-    assert video.read_video_info(tmp_path / "a.mp4")[1:3] == (96, 64)
+    assert source.read_video_info(tmp_path / "a.mp4")[1:3] == (96, 64)
 
 
 def test_errors_name_the_file(tmp_path):
@@ -145,7 +147,7 @@ def test_errors_name_the_file(tmp_path):
     (tmp_path / "empty.gif").write_bytes(b"")
     for name in ("cut.mp4", "garbage.mp4", "empty.gif", "missing.mp4"):
         with pytest.raises(InputError, match=name):
-            video.read_video(tmp_path / name)
+            source.read_video(tmp_path / name)
 
 
 def test_a_failed_write_changes_nothing(tmp_path, monkeypatch):
@@ -175,17 +177,17 @@ def test_wrong_frames_and_names_are_refused(tmp_path):
 def test_png_comes_back(tmp_path):
     image = gradients()[0]
     video.write_png(tmp_path / "a.png", image)
-    np.testing.assert_array_equal(video.read_image(tmp_path / "a.png"), image)
+    np.testing.assert_array_equal(images.read_image(tmp_path / "a.png"), image)
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_gray_pictures_become_rgb_and_deep_ones_are_refused(tmp_path):
     gray = gradients()[0, :, :, 0]
     Image.fromarray(gray).save(tmp_path / "gray.png")
-    np.testing.assert_array_equal(video.read_image(tmp_path / "gray.png"), np.stack([gray] * 3, axis=-1))
+    np.testing.assert_array_equal(images.read_image(tmp_path / "gray.png"), np.stack([gray] * 3, axis=-1))
     Image.fromarray(gray.astype(np.uint16) * 256).save(tmp_path / "deep.png")
     with pytest.raises(InputError, match=r"deep\.png.*8 bits"):
-        video.read_image(tmp_path / "deep.png")
+        images.read_image(tmp_path / "deep.png")
 
 
 def test_shrinking_averages_areas():

@@ -1,14 +1,16 @@
 """From the command line to `main`: parsing, presets and one-line errors."""
 
 import ctypes
+import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
-from models.errors import InputError
+from models.errors import DivergenceError, InputError
 
 Config = TypeVar("Config")
 
@@ -22,17 +24,30 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Mapping[s
       presets: Full sets of defaults by name, chosen by `--preset NAME`; flags override them. The first is the
         default.
 
-    Input errors and failed file operations become one line on stderr and exit status 1, Ctrl-C exit status 130.
+    Input errors, diverged trainings and failed file operations become one line on stderr and exit status 1, Ctrl-C exit
+    status 130.
     """
     keep_freed_memory()
     try:
         main(parse(config, presets, sys.argv[1:]))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, DivergenceError, OSError) as error:
+        print(f"error: {with_flags(error, config)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def with_flags(error: Exception, config: Any) -> str:
+    """An error's message with the fields that it names (`width`) as the flags that set them (--model.width)."""
+    flags, of = {}, getattr(error, "of", None)
+    for field in dataclasses.fields(config):
+        kind = field.type
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            flags.setdefault(field.name, f"--{field.name}")
+        elif of is not None and issubclass(kind, of):
+            flags |= {inner.name: f"--{field.name}.{inner.name}" for inner in dataclasses.fields(kind)}
+    return re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), str(error))
 
 
 def keep_freed_memory() -> None:

@@ -17,9 +17,9 @@ from aiohttp import ClientError, WSCloseCode, WSMsgType, web
 
 from models.errors import InputError
 from models.sampling import RolloutState, SamplingConfig
-from utils.actions import Action, idle_action
+from player.actions import Action, idle_action
+from player.engine import Engine, Request, decode_picture, fit_picture
 from utils.data import ClipSource
-from utils.serving import Engine, Request, decode_picture, fit_picture
 from utils.video import label, upscale, write_video
 
 NUM_PROMPTS = 12

@@ -14,15 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.genie import World
-from models.lam import LAM
-from models.nn import patchify
-from models.sampling import RolloutState, SamplingConfig, next_frame, start_rollout
-from models.tokenizer import Tokenizer
-from utils.data import ClipSource
-from utils.metrics import psnr, ssim
-from utils.perceptual import I3D, I3D_MIN_FRAMES, LPIPS, frame_features, i3d_features
-from utils.statistics import (
+from evaluation.perceptual import I3D, I3D_MIN_FRAMES, LPIPS, frame_features, i3d_features
+from evaluation.statistics import (
     NOT_MEASURED,
     Figure,
     adjusted_mutual_information,
@@ -32,6 +25,13 @@ from utils.statistics import (
     frechet_distance,
     jackknife,
 )
+from models.genie import World
+from models.lam import LAM
+from models.nn import patchify
+from models.sampling import RolloutState, SamplingConfig, next_frame, start_rollout
+from models.tokenizer import Tokenizer
+from utils.data import ClipSource
+from utils.metrics import psnr, ssim
 
 LABELLED = (10, 50, 200, 1000)  # labelled transitions from which a map of latent to true actions is learned
 DRAWS = 20  # of which transitions these are

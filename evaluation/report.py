@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.statistics import Figure, difference
+from evaluation.statistics import Figure, difference
 from utils.video import write_png
 
 COLOURS = ("#1b6ca8", "#c8501e", "#2e8b57", "#8e5bb5", "#b8860b", "#5f6b75")

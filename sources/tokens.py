@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from models.errors import InputError
 from models.genie import fingerprint, load_lam, load_tokenizer
-from utils.data import SPLITS, Clip, ClipSource, Shard, TokenInfo, read_metadata, write_metadata, write_shard
+from utils.data import ClipSource
+from utils.records import SPLITS, Clip, Shard, TokenInfo, read_metadata, write_metadata, write_shard
 
 SHARD_CLIPS = 8192
 

@@ -1,0 +1,248 @@
+"""Datasets of clips: the format on disk.
+
+A dataset is a folder:
+
+    metadata.json                  what the clips are and which files hold them (`Metadata`)
+    train/ val/ test/              *.array_record files, one record a clip (`Clip`)
+
+Within a file the longest clips come first, so that the clips of at least T frames are a prefix that the metadata
+alone can tell. Records are msgpack: nothing read from a dataset is ever executed.
+
+A token dataset (`preprocess_dataset.py tokens`) holds what a tokenizer and a LAM make of frames, in their place.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from models.errors import InputError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Consecutive frames of one episode, or their tokens.
+
+    frames_THWC: uint8; None in a token dataset.
+    actions_T: int32 or None; `actions_T[t]` leads from frame t to frame t + 1 (the last one leads out of the clip).
+    rewards_T: float32 or None; `rewards_T[t]` was earned by `actions_T[t]`.
+    level_seed: The level of the environment, or None.
+    clip_id: Unique in its dataset.
+    tokens_TN: uint16; None in a dataset of frames.
+    latent_actions_T: uint8, aligned like `actions_T`, the last one 0; None without a LAM.
+    """
+
+    frames_THWC: np.ndarray | None
+    clip_id: str
+    actions_T: np.ndarray | None = None
+    rewards_T: np.ndarray | None = None
+    level_seed: int | None = None
+    tokens_TN: np.ndarray | None = None
+    latent_actions_T: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Frames."""
+        held = self.frames_THWC if self.frames_THWC is not None else self.tokens_TN
+        assert held is not None
+        return len(held)
+
+
+def encode_clip(clip: Clip) -> bytes:
+    """Packs a clip into one self-describing record."""
+    frames, tokens = clip.frames_THWC, clip.tokens_TN
+    record: dict[str, Any] = {"version": FORMAT_VERSION, "clip_id": clip.clip_id, "level_seed": clip.level_seed}
+    if frames is not None:
+        if frames.dtype != np.uint8 or frames.ndim != 4:
+            raise ValueError(f"frames must be uint8 (T, H, W, C), not {frames.dtype} {frames.shape}")
+        record |= {"shape": frames.shape, "dtype": "uint8", "frames": frames.tobytes()}
+    else:
+        assert tokens is not None
+        record |= {"shape": tokens.shape, "dtype": "<u2", "tokens": np.asarray(tokens, "<u2").tobytes()}
+    for name, values, dtype in (
+        ("actions", clip.actions_T, "<i4"),
+        ("rewards", clip.rewards_T, "<f4"),
+        ("latent_actions", clip.latent_actions_T, "u1"),
+    ):
+        if values is not None:
+            if len(values) != len(clip):
+                raise ValueError(f"{len(values)} {name} for {len(clip)} frames")
+            record[name] = np.asarray(values, dtype).tobytes()
+    return msgpack.packb(record)
+
+
+def decode_clip(record: bytes, source: str = "record") -> Clip:
+    """Unpacks a record; `source` names it in errors.
+
+    Raises:
+      InputError: The record is truncated, foreign, or of another format version.
+    """
+    try:
+        fields = msgpack.unpackb(record)
+        version = fields["version"]
+        if version != FORMAT_VERSION:
+            raise InputError(f"{source}: record format {version}, expected {FORMAT_VERSION}; generate the data again")
+
+        def array(name: str, dtype: str) -> np.ndarray | None:
+            return None if name not in fields else np.frombuffer(fields[name], dtype)
+
+        held = "tokens" if "tokens" in fields else "frames"
+        content = np.frombuffer(fields[held], fields["dtype"]).reshape(fields["shape"])
+        return Clip(
+            frames_THWC=content if held == "frames" else None,
+            clip_id=fields["clip_id"],
+            actions_T=array("actions", "<i4"),
+            rewards_T=array("rewards", "<f4"),
+            level_seed=fields.get("level_seed"),
+            tokens_TN=content if held == "tokens" else None,
+            latent_actions_T=array("latent_actions", "u1"),
+        )
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        raise InputError(f"{source}: not a clip record ({error}); the file is damaged or foreign") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of clips.
+
+    file: Path within the dataset folder, for instance "train/00000.array_record".
+    lengths: Pairs (frames in a clip, number of such clips), longest first, in the order of the records.
+    """
+
+    file: str
+    lengths: Sequence[Sequence[int]]
+
+    def count(self, min_length: int = 1) -> int:
+        """The number of clips of at least `min_length` frames; they are the first records of the file."""
+        return sum(count for length, count in self.lengths if length >= min_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenInfo:
+    """What made the tokens of a token dataset.
+
+    tokenizer, lam: Fingerprints (`models.genie.fingerprint`); no LAM, no latent actions.
+    window: Frames in each clip. Tokens depend on the frames before them from the clip's first on, so clips stay whole.
+    frames: Path of the dataset of frames.
+    """
+
+    tokenizer: str
+    lam: str | None
+    window: int
+    frames: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What `metadata.json` holds.
+
+    environment: "coinrun", or a name for where the videos come from.
+    frame_shape: (height, width, channels) of every frame.
+    fps: Frames per second at which the clips play naturally.
+    action_names: Names of the discrete actions, or None for video without actions.
+    splits: Shards of "train", "val" and "test".
+    made_by: Command, arguments, seeds and versions that made the dataset.
+    tokens: Of a token dataset; None where there are frames.
+    """
+
+    environment: str
+    frame_shape: tuple[int, int, int]
+    fps: float
+    action_names: tuple[str, ...] | None
+    splits: dict[str, tuple[Shard, ...]]
+    made_by: dict[str, Any]
+    tokens: TokenInfo | None = None
+
+    @property
+    def num_actions(self) -> int:
+        """Number of true actions, 0 for video without actions."""
+        return len(self.action_names or ())
+
+
+def write_metadata(folder: str | Path, metadata: Metadata) -> None:
+    """Writes `metadata.json` in one step; a folder without it is not a dataset, so write it last."""
+    fields = dataclasses.asdict(metadata)
+    summary = {
+        split: {"clips": sum(s.count() for s in shards), "frames": sum(n * k for s in shards for n, k in s.lengths)}
+        for split, shards in metadata.splits.items()
+    }
+    text = json.dumps(
+        {"format_version": FORMAT_VERSION, "num_actions": metadata.num_actions, "summary": summary} | fields
+    )
+    temporary = Path(folder) / "metadata.json.tmp"
+    temporary.write_text(text)
+    os.replace(temporary, Path(folder) / "metadata.json")
+
+
+def read_metadata(folder: str | Path) -> Metadata:
+    """Reads `metadata.json`.
+
+    Raises:
+      InputError: The folder or the file is missing, damaged, or of another format version.
+    """
+    path = Path(folder) / "metadata.json"
+    if not path.is_file():
+        raise InputError(
+            f"--data_dir {folder}: no dataset here (no metadata.json); make one with generate_dataset.py or "
+            "preprocess_dataset.py, or name its folder with --data_dir"
+        )
+    try:
+        fields = json.loads(path.read_text())
+        version = fields.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise InputError(f"{path}: format version {version}, expected {FORMAT_VERSION}; generate the data again")
+        names, tokens = fields["action_names"], fields.get("tokens")
+        return Metadata(
+            environment=fields["environment"],
+            frame_shape=tuple(fields["frame_shape"]),
+            fps=fields["fps"],
+            action_names=None if names is None else tuple(names),
+            splits={s: tuple(Shard(f["file"], f["lengths"]) for f in files) for s, files in fields["splits"].items()},
+            made_by=fields["made_by"],
+            tokens=TokenInfo(**tokens) if tokens else None,
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged metadata ({error!r}); generate the data again") from error
+
+
+def write_shard(folder: str | Path, file: str, clips: Iterable[Clip]) -> Shard:
+    """Writes clips to `folder/file`, longest first, and returns the entry for the metadata.
+
+    The file appears under its name only when it is complete. The same clips give the same bytes.
+
+    Raises:
+      OSError: The disk is full, or cannot be written to.
+    """
+    clips = sorted(clips, key=lambda clip: -len(clip))  # stable: equal lengths keep their order
+    path = Path(folder) / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        # zstd:1 writes faster than the default level 3 and takes 5 % more space.
+        writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
+        for clip in clips:
+            writer.write(encode_clip(clip))
+        writer.close()
+        os.replace(temporary, path)
+    except RuntimeError as error:  # array_record's own; a full disk is one
+        raise OSError(f"{path}: could not be written ({error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    lengths: list[list[int]] = []
+    for clip in clips:
+        n = len(clip)
+        if lengths and lengths[-1][0] == n:
+            lengths[-1][1] += 1
+        else:
+            lengths.append([n, 1])
+    return Shard(file, lengths)
