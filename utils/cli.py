@@ -40,7 +40,8 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Mapping[s
 
 def with_flags(error: Exception, config: Any) -> str:
     """An error's message with the fields that it names (`width`) as the flags that set them (--model.width)."""
-    flags, of = {}, getattr(error, "of", None)
+    flags: dict[str, str] = {}
+    of = getattr(error, "of", None)
     for field in dataclasses.fields(config):
         kind = field.type
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
