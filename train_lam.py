@@ -8,7 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from models.lam import LAM, LAMConfig, step_flops
+from models import flops
+from models.lam import LAM, LAMConfig
 from utils.cli import run
 from utils.data import Batch, ClipSource
 from utils.metrics import perplexity, psnr, usage
@@ -92,7 +93,7 @@ def evaluate(model: LAM, batch: Batch, key: jax.Array) -> tuple[dict, jax.Array]
 
 def clip_flops(cfg: Config, model_cfg: LAMConfig) -> int:
     """Floating-point operations of a training step for one clip."""
-    return step_flops(model_cfg, cfg.seq_len)
+    return flops.lam_step(model_cfg, cfg.seq_len)
 
 
 def main(cfg: Config) -> None:

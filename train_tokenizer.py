@@ -8,7 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from models.tokenizer import Tokenizer, TokenizerConfig, step_flops
+from models import flops
+from models.tokenizer import Tokenizer, TokenizerConfig
 from utils.cli import run
 from utils.data import Batch, ClipSource
 from utils.metrics import psnr, ssim, usage
@@ -89,7 +90,7 @@ def evaluate(model: Tokenizer, batch: Batch, key: jax.Array) -> tuple[dict, jax.
 
 def clip_flops(cfg: Config, model_cfg: TokenizerConfig) -> int:
     """Floating-point operations of a training step for one clip."""
-    return step_flops(model_cfg, cfg.seq_len)
+    return flops.tokenizer_step(model_cfg, cfg.seq_len)
 
 
 def main(cfg: Config) -> None:

@@ -16,11 +16,11 @@ import train_dynamics
 import train_lam
 import train_tokenizer
 from benchmarks.common import Output, floor, random_frames, seconds, show
-from models.dynamics import forward_flops
-from models.genie import World, WorldConfig
+from models import flops
+from models.genie import DYNAMICS, World, WorldConfig
+from models.maskgit import fill_tokens
 from models.nn import Compute
-from models.sampling import SamplingConfig, _rollout, fill_tokens, start_rollout
-from models.tokenizer import decode_flops
+from models.sampling import SamplingConfig, _rollout, start_rollout
 from utils.cli import run
 
 
@@ -64,10 +64,11 @@ def uncached_frame_s(world: World, B: int, steps: int) -> float:
         def logits(tokens_BN, hidden_BN):
             clip = jnp.concatenate([past_BTN, tokens_BN[:, None]], axis=1)
             hidden = jnp.concatenate([jnp.zeros_like(past_BTN, bool), hidden_BN[:, None]], axis=1)
-            return world.dynamics(clip, hidden, actions_BT)[:, -1]
+            return world.dynamics(clip, hidden, actions_BT).logits_BTNK[:, -1]
 
         tokens = fill_tokens(logits, (B, N), key, SamplingConfig(steps=steps))
-        return world.tokenizer.decode(jnp.concatenate([past_BTN, tokens[:, None]], axis=1))[:, -1]
+        clip = jnp.concatenate([past_BTN, tokens[:, None]], axis=1)
+        return world.tokenizer.decode(clip).frames_BTHWC[:, -1]
 
     past, actions = jnp.zeros((B, T - 1, N), jnp.int32), jnp.zeros((B, T), jnp.int32)
     return statistics.median(seconds(lambda: frame(variables, past, actions, jax.random.key(0)), repeats=3))
@@ -90,12 +91,12 @@ def main(cfg: Config) -> None:
 
     # Work of one frame: its tokens in each step and once more to be kept, and its decoding.
     dynamics, tokenizer = world.cfg.dynamics, world.cfg.tokenizer
-    passes = 2 if cfg.kind == "causal" else cfg.steps + 1
-    flops = B * (passes * forward_flops(dynamics, 1, S) + decode_flops(tokenizer, 1, S))
+    drawing = DYNAMICS[cfg.kind].frame_flops(dynamics, S, sampling)
+    work = B * (drawing + flops.tokenizer_decode(tokenizer, 1, S))
     state = jax.eval_shape(lambda: start_rollout(world, prompt, actions[:, :0]))
     caches, parameters = _bytes((state.dynamics, state.decoder)), _bytes(nnx.state(world.dynamics))
-    reads = dynamics.num_patches if cfg.kind == "causal" else passes
-    limits = floor(flops, reads * (parameters + _bytes(state.dynamics)) + caches, dtype)
+    reads = dynamics.num_patches if cfg.kind == "causal" else cfg.steps + 1
+    limits = floor(work, reads * (parameters + _bytes(state.dynamics)) + caches, dtype)
     values: dict[str, Any] = {
         "rollout_s": rollout_s,
         "frame_ms": 1e3 * rollout_s / S,

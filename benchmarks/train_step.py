@@ -22,6 +22,7 @@ from models.genie import World, WorldConfig
 from models.lam import LAM
 from models.nn import Compute
 from models.tokenizer import Tokenizer
+from utils.action_source import InferredActions, StoredActions
 from utils.cli import run
 from utils.data import Batch
 from utils.optim import make_optimizer
@@ -54,25 +55,21 @@ def setting(cfg: Config) -> tuple[TrainConfig, Callable[[], TrainState], Callabl
         train_cfg = dataclasses.replace(train_cfg, batch_size=cfg.batch_size)
     trainable: Any = nnx.Param
     if cfg.model == "dynamics":
-        # The LAM stands for a loaded one: it infers and is not trained.
-        train_cfg = dataclasses.replace(train_cfg, lam_checkpoint="loaded")
-        trainable = script.trainable(train_cfg)
         tokenizer, lam = train_tokenizer.PRESETS[cfg.preset].model, train_lam.PRESETS[cfg.preset].model
         codes = {"num_codes": tokenizer.num_codes, "num_patches": tokenizer.num_patches}
         world_cfg = WorldConfig(tokenizer, lam, dataclasses.replace(train_cfg.model, **codes), train_cfg.seq_len)
         build: Any = lambda: World(world_cfg, cfg, nnx.Rngs(0))
-        flops = script.clip_flops(train_cfg, world_cfg, from_tokens=cfg.from_tokens)
+        # The LAM stands for a loaded one: it infers and is not trained.
+        source = StoredActions(lam) if cfg.from_tokens else InferredActions(lam)
+        trainable, flops = script.trainable(source), script.clip_flops(world_cfg, source, cfg.from_tokens)
+        train_step: Any = lambda state, batch, key: script.train_step(state, batch, key, train_cfg, source)
     else:
         model = {"tokenizer": Tokenizer, "lam": LAM}[cfg.model]
         build = lambda: model(train_cfg.model, cfg, nnx.Rngs(0))
         flops = script.clip_flops(train_cfg, train_cfg.model)
+        train_step = lambda state, batch, key: script.train_step(state, batch, key, train_cfg)
     optimizer = make_optimizer(train_cfg, train_cfg.num_steps)
-    return (
-        train_cfg,
-        lambda: TrainState.create(build(), trainable, optimizer, False),
-        lambda state, batch, key: script.train_step(state, batch, key, train_cfg),
-        flops,
-    )
+    return train_cfg, lambda: TrainState.create(build(), trainable, optimizer, False), train_step, flops
 
 
 def batch_of(cfg: Config, train_cfg: TrainConfig) -> Batch:

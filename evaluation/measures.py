@@ -28,7 +28,7 @@ from evaluation.statistics import (
 from models.genie import World
 from models.lam import LAM
 from models.nn import patchify
-from models.sampling import RolloutState, SamplingConfig, next_frame, start_rollout
+from models.sampling import SamplingConfig, next_frame, start_rollout
 from models.tokenizer import Tokenizer
 from utils.data import ClipSource
 from utils.metrics import psnr, ssim
@@ -137,7 +137,10 @@ class Player:
         self.batch_size = batch_size
         self.frames, self.seconds = 0, 0.0  # since the step was compiled
         self._warm = False
-        axes: Any = RolloutState(dynamics=0, decoder=0, tokens_BN=0, frame=None)  # type: ignore[arg-type]
+        shape, window = world.cfg.tokenizer.frame_shape, world.cfg.window
+        blank = jnp.zeros((1, window, *shape)), jnp.zeros((1, window - 1), jnp.int32)
+        state = jax.eval_shape(lambda: start_rollout(world, *blank))
+        axes: Any = jax.tree.map(lambda _: 0, state)._replace(frame=None)
 
         def start(world, prompt_BTHWC, actions_BTm1):
             one = lambda prompt, actions: start_rollout(world, to_float(prompt)[None], actions[None])

@@ -1,10 +1,12 @@
-"""The dynamics model: fills in the tokens of a frame, given the past and an action (Genie, §2.1).
+"""Dynamics models: the next frame, given the past and an action (Genie, §2.1).
 
-It is a MaskGIT, which fills hidden tokens in any order, or a causal model, which predicts token after token.
+A *kind* of dynamics is a subclass of `Dynamics`, looked up by name in `models.genie.DYNAMICS`. Two kinds work on the
+tokenizer's tokens and share what is here: a MaskGIT (`models.maskgit`), which fills hidden tokens in any order, and a
+causal model (`models.causal`), which predicts token after token.
 """
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,11 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from models.nn import KV, Compute, Past, STConfig, STTransformer, linear_flops, position_table, transformer_flops
+from models import flops, init
+from models.kernels import KV
+from models.nn import Compute, Past, STConfig, STTransformer
+from models.sampling import SamplingConfig
+from models.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,149 +47,215 @@ class DynamicsConfig(STConfig):
         return int(self.kind == "maskgit" and self.action_token == "prepend")
 
 
-def forward_flops(cfg: DynamicsConfig, num_frames: int, past: int = 0) -> int:
-    """Of a forward pass over one clip, after a cache of `past` frames; see `models.nn.transformer_flops`."""
-    places = cfg.num_patches + cfg.extra_places
-    logits = linear_flops(cfg.num_patches * num_frames, cfg.width, cfg.num_codes)
-    return transformer_flops(cfg, places, num_frames, past) + logits
+class Seen(NamedTuple):
+    """A batch of clips as a dynamics model is trained on it; what a kind does not look at is never computed.
+
+    tokens_BTN: int32, the tokenizer's.
+    frames_BTHWC: In [0, 1]; from a token dataset, which has none, the frames that the tokens make.
+    actions_BTm1: int32; entry t leads from frame t to frame t + 1.
+    """
+
+    tokens_BTN: jax.Array
+    frames_BTHWC: jax.Array
+    actions_BTm1: jax.Array
 
 
 class Dynamics(nnx.Module):
-    """Predicts hidden tokens of each frame from its visible ones, earlier frames, and the action that led to it.
-
-    A causal model predicts each token from those before it in its frame, whatever is hidden.
-
-    Tokens are (B, T, N) int32 from 0 to K - 1; `hidden` is a boolean mask of the same shape. `actions_BT[:, t]` leads
-    *to* frame t; -1 means none, as for the first frame of a clip.
-    """
+    """What every kind of dynamics model answers to."""
 
     def __init__(self, cfg: DynamicsConfig, compute: Compute, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.compute = compute
-        # The last row stands for a hidden token, and for no action.
-        self.token_embedding = nnx.Param(_normal(rngs, cfg.num_codes + 1, cfg.width))
-        self.action_embedding = nnx.Param(_normal(rngs, cfg.num_actions + 1, cfg.width))
-        self.position_NM = position_table(cfg.num_patches + cfg.extra_places, cfg.width, rngs)
-        self.transformer = STTransformer(cfg, compute, rngs, causal_space=cfg.kind == "causal")
 
-    def start_from(self, codebook_KL: np.ndarray) -> None:
-        """Before training, makes the embeddings of codes alike where the tokenizer's unit codes are.
+    @staticmethod
+    def flops(cfg: DynamicsConfig, num_frames: int) -> int:
+        """Floating-point operations of a forward pass over one clip; see `models.flops`."""
+        raise NotImplementedError
 
-        What a shift of the picture does to one code then also holds for codes that look like it. Part of each embedding
-        stays its own, so that the logits can tell such codes apart.
+    @staticmethod
+    def frame_flops(cfg: DynamicsConfig, window: int, sampling: SamplingConfig) -> int:
+        """Floating-point operations of drawing one frame after `window` others, without decoding it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def draw(cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int) -> Any:
+        """What training draws for a batch as a whole: a tree of batch-first arrays, so that it can be cut in parts."""
+        raise NotImplementedError
+
+    def loss(self, seen: Seen, drawn: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of clips, a mean over them, and metrics; `drawn` is theirs of what `draw` gave."""
+        raise NotImplementedError
+
+    def start(self, tokenizer: Tokenizer, frames_BTHWC: jax.Array, actions_BTm1: jax.Array, window: int) -> Any:
+        """Reads prompt frames, at most `window`: a state, a NamedTuple whose `frame` is the index of the next frame.
+
+        All else that it holds has the batch first, but for caches, which have the blocks first and the batch next.
         """
-        L, M = codebook_KL.shape[1], self.cfg.width
-        directions_LM = np.asarray(jax.random.orthogonal(jax.random.key(0), max(L, M)))[:L, :M]
-        alike_KM = 0.4 * M**0.5 * codebook_KL @ directions_LM
-        table = self.token_embedding[...]
-        self.token_embedding[...] = table.at[:-1].set(alike_KM + 0.6 * table[:-1])
+        raise NotImplementedError
 
-    def __call__(self, tokens_BTN: jax.Array, hidden_BTN: jax.Array, actions_BT: jax.Array) -> jax.Array:
-        """Logits (B, T, N, K), float32, of every token of a clip."""
-        return self._logits(self.transformer(self._embed(tokens_BTN, hidden_BTN, actions_BT)))
+    def next_frame(
+        self, tokenizer: Tokenizer, state: Any, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig
+    ) -> tuple[jax.Array, Any]:
+        """Draws the frame (B, H, W, C), about [0, 1], that an action leads to; also the state after it."""
+        raise NotImplementedError
 
-    def run(
+    def start_from(self, tokenizer: Tokenizer) -> None:
+        """Before training, takes over what the tokenizer knows already."""
+
+
+class TokenState(NamedTuple):
+    """All that the next frame depends on, besides the action.
+
+    dynamics, decoder: Caches along time, stacked over blocks, of `window` frames; frame t lies in slot t % S.
+    tokens_BN: Of the last frame, int32.
+    frame: Index of the next frame, int32.
+    """
+
+    dynamics: KV
+    decoder: KV
+    tokens_BN: jax.Array
+    frame: jax.Array
+
+
+class Predicted(NamedTuple):
+    """What a model of tokens says of each place.
+
+    logits_BTNK: float32.
+    hidden_BTNM: Hidden states that the logits are products of.
+    time, space: Keys and values, stacked over blocks; None unless asked for.
+    """
+
+    logits_BTNK: jax.Array
+    hidden_BTNM: jax.Array
+    time: KV | None
+    space: KV | None
+
+
+class Hidden(NamedTuple):
+    """What training draws for a model of tokens.
+
+    hidden_BTN: Which tokens are to be predicted; none of the first frame, which is always a prompt.
+    weight_B: 1 over their share in the whole batch.
+    """
+
+    hidden_BTN: jax.Array
+    weight_B: jax.Array
+
+
+class TokenDynamics(Dynamics):
+    """Predicts the tokens of each frame, int32 from 0 to K - 1, from earlier frames and the action that led to it.
+
+    Actions are given by the frame that they lead to: `actions_BT[:, t]` leads to frame t; -1 means none, as for the
+    first frame of a clip.
+    """
+
+    causal_space = False
+
+    def __init__(self, cfg: DynamicsConfig, compute: Compute, rngs: nnx.Rngs):
+        super().__init__(cfg, compute, rngs)
+        # The last row stands for a hidden token, and for no action.
+        self.token_embedding = init.embeddings(rngs, cfg.num_codes + 1, cfg.width)
+        self.action_embedding = init.embeddings(rngs, cfg.num_actions + 1, cfg.width)
+        self.position_NM = init.positions(rngs, cfg.num_patches + cfg.extra_places, cfg.width)
+        self.transformer = STTransformer(cfg, compute, rngs, causal_space=self.causal_space)
+
+    def __call__(
         self,
         tokens_BTN: jax.Array,
         hidden_BTN: jax.Array,
         actions_BT: jax.Array,
-        past: Past | None,
-        start: jax.Array | int,
+        past: Past | None = None,
         previous_BN: jax.Array | None = None,
-    ) -> tuple[jax.Array, KV]:
-        """As `__call__`, for a clip or for one frame after a cache; also gives the keys and values to keep.
-
-        See `STTransformer.run`; `previous_BN` are the tokens of the frame before the first given one, if there is one.
-        """
-        x, kvs = self.transformer.run(self._embed(tokens_BTN, hidden_BTN, actions_BT, previous_BN), past, start)
-        assert kvs is not None
-        return self._logits(x), kvs
-
-    def run_token(
-        self,
-        token_B: jax.Array,
-        place: jax.Array,
-        action_B: jax.Array,
-        frame: KV,
-        past: Past,
-        start: jax.Array,
-        previous_BN: jax.Array,
-    ) -> tuple[jax.Array, KV, KV]:
-        """Of a causal model: logits (B, K) of the token at `place`, in a frame after a cache.
+        keep: bool = False,
+    ) -> Predicted:
+        """Predicts every token of a clip, or of one frame after a past.
 
         Args:
-          token_B: The token before it in the frame; of no account at place 0.
-          frame, past, start: See `STTransformer.run_patch`, whose other results are returned too.
-          previous_BN: Tokens of the frame before.
+          hidden_BTN: True for tokens that the model may not see.
+          previous_BN: Tokens of the frame before the first given one, if there is one.
+          past, keep: See `STTransformer`.
         """
-        x_BM = self._causal(token_B, action_B, previous_BN[:, place], place == 0) + self.position_NM[place]
-        x, frame, kvs = self.transformer.run_patch(x_BM[:, None, None], frame, place, past, start)
-        return self._logits(x)[:, 0, 0], frame, kvs
-
-    def _causal(self, before: jax.Array, action: jax.Array, previous: jax.Array, first: jax.Array) -> jax.Array:
-        """Embeds places: the token before each in its frame, or at the first the action, and the token a frame ago."""
-        table, actions = self.token_embedding[...], self.action_embedding[...][action]
-        if self.cfg.action_token == "add":
-            x = jnp.where(first[..., None], table[-1], table[before]) + actions
-        else:
-            x = jnp.where(first[..., None], actions, table[before])
-        return x + table[previous]
-
-    def _embed(
-        self,
-        tokens_BTN: jax.Array,
-        hidden_BTN: jax.Array,
-        actions_BT: jax.Array,
-        previous_BN: jax.Array | None = None,
-    ) -> jax.Array:
-        causal = self.cfg.kind == "causal"
-        known_BTN = tokens_BTN if causal else jnp.where(hidden_BTN, self.cfg.num_codes, tokens_BTN)
         if previous_BN is None:
             previous_BN = jnp.full_like(tokens_BTN[:, 0], self.cfg.num_codes)
-        previous_BTN = jnp.concatenate([previous_BN[:, None], known_BTN[:, :-1]], axis=1)
-        if causal:
-            before_BTN = jnp.roll(tokens_BTN, 1, axis=2)
-            first_N = jnp.arange(self.cfg.num_patches) == 0
-            return self._causal(before_BTN, actions_BT[..., None], previous_BTN, first_N) + self.position_NM[...]
-        # A hidden place knows which token stood there a frame ago. The logits are products with the same embeddings, so
-        # that what stays as it is, which is most of a video, need not be learned code by code.
-        table = self.token_embedding[...]
-        x = table[known_BTN] + jnp.where(hidden_BTN[..., None], table[previous_BTN], 0.0)
-        actions_BT1M = self.action_embedding[...][actions_BT][:, :, None]  # -1 is the last row
-        if self.cfg.action_token == "prepend":
-            x = jnp.concatenate([actions_BT1M, x], axis=2)
-        else:
-            x += actions_BT1M
-        return x + self.position_NM[...]
+        return self._predict(self.embed(tokens_BTN, hidden_BTN, actions_BT, previous_BN), past, keep)
 
-    def _logits(self, x_BTNM: jax.Array) -> jax.Array:
-        x_BTNM = x_BTNM[:, :, self.cfg.extra_places :]
-        table = self.token_embedding[: self.cfg.num_codes].astype(x_BTNM.dtype)
-        logits = jnp.einsum("btnm,km->btnk", x_BTNM, table, preferred_element_type=jnp.float32)
-        return logits * (2.0 * self.cfg.width**-0.5)
+    def embed(
+        self, tokens_BTN: jax.Array, hidden_BTN: jax.Array, actions_BT: jax.Array, previous_BN: jax.Array
+    ) -> jax.Array:
+        """The transformer's input, (B, T, N + extra places, M); see `__call__`."""
+        raise NotImplementedError
+
+    def fill(
+        self, state: TokenState, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig, columns: int
+    ) -> tuple[jax.Array, KV]:
+        """Draws the tokens (B, N) of the next frame; also their keys and values along time, which later frames see.
+
+        Args:
+          columns: Tokens in a row of the frame.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def flops(cfg: DynamicsConfig, num_frames: int) -> int:
+        return flops.dynamics_forward(cfg, num_frames)
+
+    @staticmethod
+    def hide(cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int) -> jax.Array:
+        """Draws which tokens (B, T, N) training hides, the first frame's aside."""
+        raise NotImplementedError
+
+    @classmethod
+    def draw(cls, cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int) -> Hidden:
+        hidden_BTN = cls.hide(cfg, key, num_clips, num_frames).at[:, 0].set(False)
+        weight = 1.0 / jnp.maximum(jnp.mean(hidden_BTN), 1e-6)
+        return Hidden(hidden_BTN, jnp.full(num_clips, weight))
+
+    def loss(self, seen: Seen, drawn: Hidden) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross-entropy of the hidden tokens, in nats, and the share that is guessed right."""
+        out = self(seen.tokens_BTN, drawn.hidden_BTN, actions_to(seen.actions_BTm1))
+        nll_BTN, hits_BTN = masked_cross_entropy(out.logits_BTNK, seen.tokens_BTN, drawn.hidden_BTN)
+        weight_B11 = drawn.weight_B[:, None, None]
+        loss = jnp.mean(nll_BTN * weight_B11)
+        return loss, {"cross_entropy": loss, "accuracy": jnp.mean(hits_BTN * weight_B11)}
+
+    def start(self, tokenizer: Tokenizer, frames_BTHWC: jax.Array, actions_BTm1: jax.Array, window: int) -> TokenState:
+        tokens_BTN = tokenizer.encode(frames_BTHWC)
+        nothing_BTN = jnp.zeros_like(tokens_BTN, bool)
+        read = self(tokens_BTN, nothing_BTN, actions_to(actions_BTm1), keep=True)
+        decoded = tokenizer.decode(tokens_BTN, keep=True)
+        assert read.time
+        assert decoded.time
+        caches = read.time.padded(window), decoded.time.padded(window)
+        return TokenState(*caches, tokens_BTN[:, -1], jnp.int32(tokens_BTN.shape[1]))
+
+    def next_frame(
+        self, tokenizer: Tokenizer, state: TokenState, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig
+    ) -> tuple[jax.Array, TokenState]:
+        tokens_BN, time = self.fill(state, action_B, key, sampling, tokenizer.cfg.columns)
+        decoded = tokenizer.decode(tokens_BN[:, None], Past(state.decoder, state.frame), keep=True)
+        assert decoded.time
+        slot = state.frame % state.dynamics.k_BRQDS.shape[-1]
+        caches = state.dynamics.write(time, slot), state.decoder.write(decoded.time, slot)
+        return decoded.frames_BTHWC[:, 0], TokenState(*caches, tokens_BN, state.frame + 1)
+
+    def start_from(self, tokenizer: Tokenizer) -> None:
+        """Makes the embeddings of codes alike where the tokenizer's are.
+
+        What a shift of the picture does to one code then also holds for codes that look like it.
+        """
+        table_KM, codebook_KL = self.token_embedding[...], np.asarray(tokenizer.vq.codebook_KL)
+        self.token_embedding[...] = table_KM.at[:-1].set(init.alike(table_KM[:-1], codebook_KL))
+
+    def _predict(self, x_BTNM: jax.Array, past: Past | None, keep: bool) -> Predicted:
+        hidden_BTNM, time, space = self.transformer(x_BTNM, past, keep)
+        hidden_BTNM = hidden_BTNM[:, :, self.cfg.extra_places :]
+        table_KM = self.token_embedding[: self.cfg.num_codes].astype(hidden_BTNM.dtype)
+        logits_BTNK = jnp.einsum("btnm,km->btnk", hidden_BTNM, table_KM, preferred_element_type=jnp.float32)
+        return Predicted(logits_BTNK * (2.0 * self.cfg.width**-0.5), hidden_BTNM, time, space)
 
 
-def _normal(rngs: nnx.Rngs, rows: int, width: int) -> jax.Array:
-    return 0.5 * jax.random.normal(rngs.params(), (rows, width))
-
-
-def hide_tokens(cfg: DynamicsConfig, key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """Draws which tokens (B, T, N) training hides; none of the first frame, which is always a prompt.
-
-    All others are to be predicted by a causal model. For a MaskGIT the share hidden is uniform in [0.5, 1) for the clip
-    as a whole (Genie, §2.1); drawn for each frame by itself, it is uniform in [0, 1), so that nearly whole pasts occur
-    as often as in sampling, where the past is whole.
-    """
-    B, T, _ = shape
-    if cfg.kind == "causal":
-        return jnp.ones(shape, bool).at[:, 0].set(False)
-    rate_key, token_key = jax.random.split(key)
-    if cfg.mask_rates == "clip":
-        rates = jax.random.uniform(rate_key, (B, 1, 1), minval=0.5, maxval=1.0)
-    else:
-        rates = jax.random.uniform(rate_key, (B, T, 1))
-    hidden_BTN = jax.random.uniform(token_key, shape) < rates
-    return hidden_BTN.at[:, 0].set(False)
+def actions_to(actions_BTm1: jax.Array) -> jax.Array:
+    """From actions between frames to the action that led to each frame (B, T); none, -1, to the first."""
+    return jnp.pad(actions_BTm1, ((0, 0), (1, 0)), constant_values=-1)
 
 
 def masked_cross_entropy(

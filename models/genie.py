@@ -11,13 +11,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from models.causal import Causal
 from models.dynamics import Dynamics, DynamicsConfig
 from models.errors import InputError
 from models.lam import LAM, LAMConfig
+from models.maskgit import MaskGIT
 from models.nn import Compute
 from models.tokenizer import Tokenizer, TokenizerConfig
 
 CONFIG_VERSION = 1
+
+DYNAMICS: dict[str, type[Dynamics]] = {"maskgit": MaskGIT, "causal": Causal}
+"""The kinds of dynamics models, by `DynamicsConfig.kind`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,7 @@ class World(nnx.Module):
         self.cfg = cfg
         self.tokenizer = Tokenizer(cfg.tokenizer, compute, rngs)
         self.lam = LAM(cfg.lam, compute, rngs) if cfg.lam else None
-        self.dynamics = Dynamics(cfg.dynamics, compute, rngs)
+        self.dynamics = DYNAMICS[cfg.dynamics.kind](cfg.dynamics, compute, rngs)
 
     @property
     def num_actions(self) -> int:
@@ -71,12 +76,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise InputError(f"{path}: no checkpoint here (no config.json); name the --ckpt_dir of a training")
+        raise InputError(f"{path}: no checkpoint here (no config.json); name the `ckpt_dir` of a training")
     try:
         config = json.loads(file.read_text())
         version = config["config_version"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: damaged ({error!r}); restore it, or train again in another --ckpt_dir") from error
+        raise InputError(f"{file}: damaged ({error!r}); restore it, or train again in another `ckpt_dir`") from error
     if version != CONFIG_VERSION:
         raise InputError(f"{file}: checkpoint version {version}, expected {CONFIG_VERSION}; train again")
     return config
@@ -95,6 +100,18 @@ def model_config(kind: str, fields: dict[str, Any]) -> Any:
     return KINDS[kind][1](**fields | {"frame_shape": tuple(fields["frame_shape"])})
 
 
+def stored_model_config(path: str | Path, kind: str) -> Any:
+    """The configuration of the model of a checkpoint.
+
+    Raises:
+      InputError: There is no checkpoint, or it is of another kind.
+    """
+    config = read_config(path)
+    if config["kind"] != kind:
+        raise InputError(f"{path}: holds a {config['kind']}, but a {kind} is needed")
+    return model_config(kind, config["model"])
+
+
 def checkpoint_steps(path: str | Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending."""
     found = (p for p in Path(path).iterdir() if p.name.isdigit() and (p / "model").is_dir())
@@ -102,7 +119,7 @@ def checkpoint_steps(path: str | Path) -> list[int]:
 
 
 def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | None = None) -> Any:  # noqa: B008
-    """Loads a model for inference from the `--ckpt_dir` of its training; nothing else is needed.
+    """Loads a model for inference from the `ckpt_dir` of its training; nothing else is needed.
 
     Args:
       path: The folder that holds `config.json`.
@@ -111,13 +128,10 @@ def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | 
     Raises:
       InputError: There is no checkpoint, or it is of another kind.
     """
-    config = read_config(path)
-    if config["kind"] != kind:
-        raise InputError(f"{path}: holds a {config['kind']}, but a {kind} is needed")
+    cfg = stored_model_config(path, kind)
     steps = checkpoint_steps(path)
     if not steps or (step is not None and step not in steps):
         raise InputError(f"{path}: no checkpoint of step {step or 'any'}; there are {steps or 'none'}")
-    cfg = model_config(kind, config["model"])
     model = nnx.eval_shape(lambda: KINDS[kind][0](cfg, compute, nnx.Rngs(0)))
     graphdef, abstract = nnx.split(model)
     folder = Path(path).absolute() / str(step or steps[-1])

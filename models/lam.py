@@ -8,19 +8,9 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 
+from models import init
 from models.errors import InputError
-from models.nn import (
-    Compute,
-    STConfig,
-    STTransformer,
-    linear,
-    linear_flops,
-    num_patches,
-    patchify,
-    position_table,
-    transformer_flops,
-    unpatchify,
-)
+from models.nn import Compute, STConfig, STTransformer, linear, num_patches, patchify, unpatchify
 from models.vq import VectorQuantizer
 
 
@@ -46,10 +36,9 @@ class LAMConfig(STConfig):
     def __post_init__(self):
         super().__post_init__()
         if not 1 <= self.patch_size <= min(self.frame_shape[:2]):
-            raise InputError(
-                f"patch_size {self.patch_size} of the latent action model: must be from 1 to the frames' shorter "
-                f"side, {min(self.frame_shape[:2])}"
-            )
+            side = min(self.frame_shape[:2])
+            message = f"`patch_size` {self.patch_size}: must be from 1 to the frames' shorter side, {side}"
+            raise InputError(message, of=type(self))
 
 
 class ActionReconstruction(NamedTuple):
@@ -58,29 +47,14 @@ class ActionReconstruction(NamedTuple):
     next_frames_BTm1HWC: float32, about [0, 1]; entry t is the prediction of frame t + 1.
     actions_BTm1: int32; entry t leads from frame t to frame t + 1.
     latents_BTm1L, commitment: See `models.vq.Quantized`.
+    hidden_BTm1NM: The decoder's hidden states.
     """
 
     next_frames_BTm1HWC: jax.Array
     actions_BTm1: jax.Array
     latents_BTm1L: jax.Array
     commitment: jax.Array
-
-
-def infer_flops(cfg: LAMConfig, num_frames: int) -> int:
-    """Of inferring the actions of one clip; see `models.nn.transformer_flops`."""
-    N, channels = num_patches(cfg.frame_shape, cfg.patch_size), cfg.patch_size**2 * cfg.frame_shape[2]
-    return transformer_flops(cfg, N + 1, num_frames) + linear_flops(N * num_frames, 2 * channels, cfg.width)
-
-
-def step_flops(cfg: LAMConfig, num_frames: int) -> int:
-    """Of a training step for one clip, forward and backward; the decoder sees all frames but the last."""
-    N, channels, Tm1 = (
-        num_patches(cfg.frame_shape, cfg.patch_size),
-        cfg.patch_size**2 * cfg.frame_shape[2],
-        num_frames - 1,
-    )
-    decoder = transformer_flops(cfg, N, Tm1) + linear_flops(N * Tm1, channels, cfg.width, channels)
-    return 3 * (infer_flops(cfg, num_frames) + decoder)
+    hidden_BTm1NM: jax.Array
 
 
 class LAM(nnx.Module):
@@ -92,7 +66,7 @@ class LAM(nnx.Module):
         N = num_patches(cfg.frame_shape, cfg.patch_size)
         self.patch_in = linear(2 * channels, cfg.width, compute, rngs, bias=True)
         # Place 0 is the action token's, which stands beside the patches of every frame.
-        self.encoder_position_Np1M = position_table(N + 1, cfg.width, rngs)
+        self.encoder_position_Np1M = init.positions(rngs, N + 1, cfg.width)
         self.encoder = STTransformer(cfg, compute, rngs)
         self.code_in = linear(cfg.width, cfg.code_width, compute, rngs)
         self.vq = VectorQuantizer(
@@ -106,35 +80,39 @@ class LAM(nnx.Module):
         )
         self.code_out = linear(cfg.code_width, cfg.width, compute, rngs, bias=True)
         self.past_in = linear(channels, cfg.width, compute, rngs, bias=True)
-        self.decoder_position_NM = position_table(N, cfg.width, rngs)
+        self.decoder_position_NM = init.positions(rngs, N, cfg.width)
         self.decoder = STTransformer(cfg, compute, rngs)
         self.patch_out = linear(cfg.width, channels, compute, rngs, scale=0.0, bias=True)
 
     def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> ActionReconstruction:
         """Infers the actions of a clip in [0, 1] and predicts each next frame from them."""
         quantized = self.vq(self._latents(frames_BTHWC), train)
-        next_frames = self.predict(frames_BTHWC[:, :-1], quantized.vectors)
-        return ActionReconstruction(next_frames, quantized.codes, quantized.latents, quantized.commitment)
+        next_frames, hidden = self._predict(frames_BTHWC[:, :-1], quantized.vectors_XL)
+        return ActionReconstruction(next_frames, quantized.codes_X, quantized.latents_XL, quantized.commitment, hidden)
 
     def infer(self, frames_BTHWC: jax.Array) -> jax.Array:
         """The latent actions (B, Tm1) of a clip in [0, 1]."""
-        return self.vq(self._latents(frames_BTHWC)).codes
+        return self.vq(self._latents(frames_BTHWC)).codes_X
 
     def predict(self, past_BTm1HWC: jax.Array, actions_BTm1L: jax.Array) -> jax.Array:
         """Frames 1 ... T - 1 from frames 0 ... T - 2 and the vectors of the actions between them."""
-        patches_BTNP = patchify(past_BTm1HWC, self.cfg.patch_size)
+        return self._predict(past_BTm1HWC, actions_BTm1L)[0]
+
+    def _predict(self, past_BTm1HWC: jax.Array, actions_BTm1L: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The frames, and the hidden states (B, Tm1, N, M) that say how they differ from those before."""
+        patches_BTm1NP = patchify(past_BTm1HWC, self.cfg.patch_size)
         actions_BTm1L = actions_BTm1L * self.cfg.code_width**0.5
         # Added to every patch, as the paper does: as one token among many it would go unheard for thousands of steps.
-        x = self.past_in(2.0 * patches_BTNP - 1.0) + self.code_out(actions_BTm1L)[:, :, None]
-        x = self.decoder(x + self.decoder_position_NM[...])
+        x_BTm1NM = self.past_in(2.0 * patches_BTm1NP - 1.0) + self.code_out(actions_BTm1L)[:, :, None]
+        hidden_BTm1NM = self.decoder(x_BTm1NM + self.decoder_position_NM[...]).x_BTNM
         # The decoder says what changes, at first nothing: learning starts from a copy of the last frame.
-        next_BTNP = patches_BTNP.astype(jnp.float32) + self.patch_out(x).astype(jnp.float32)
-        return unpatchify(next_BTNP, self.cfg.patch_size, self.cfg.frame_shape)
+        next_BTm1NP = patches_BTm1NP.astype(jnp.float32) + self.patch_out(hidden_BTm1NM).astype(jnp.float32)
+        return unpatchify(next_BTm1NP, self.cfg.patch_size, self.cfg.frame_shape), hidden_BTm1NM
 
     def _latents(self, frames_BTHWC: jax.Array) -> jax.Array:
         # Each patch comes with its change since the last frame, so that motion can be seen before any attention.
         patches_BTNP = patchify(frames_BTHWC, self.cfg.patch_size)
         changes_BTNP = jnp.diff(patches_BTNP, axis=1, prepend=patches_BTNP[:, :1])
         x_BTNM = self.patch_in(jnp.concatenate([2.0 * patches_BTNP - 1.0, 4.0 * changes_BTNP], axis=-1))
-        x = jnp.pad(x_BTNM, ((0, 0), (0, 0), (1, 0), (0, 0))) + self.encoder_position_Np1M[...]
-        return self.code_in(self.encoder(x)[:, 1:, 0])
+        x_BTNp1M = jnp.pad(x_BTNM, ((0, 0), (0, 0), (1, 0), (0, 0))) + self.encoder_position_Np1M[...]
+        return self.code_in(self.encoder(x_BTNp1M).x_BTNM[:, 1:, 0])

@@ -16,29 +16,29 @@ class Codebook(nnx.Variable):
 
 
 class Quantized(NamedTuple):
-    """What a quantiser gives for latents of shape (..., L).
+    """What a quantiser gives for latents of any number of axes.
 
-    vectors: (..., L), unit codes, with the latents' gradient (straight through); unit latents while unquantised.
-    codes: (...) int32.
-    latents: (..., L), the latents as they came, float32, without gradient; what `update` learns from.
+    vectors_XL: Unit codes, with the latents' gradient (straight through); unit latents while unquantised.
+    codes_X: int32.
+    latents_XL: The latents as they came, float32, without gradient; what `update` learns from.
     commitment: Mean squared distance of the unit latents from their codes, float32.
     """
 
-    vectors: jax.Array
-    codes: jax.Array
-    latents: jax.Array
+    vectors_XL: jax.Array
+    codes_X: jax.Array
+    latents_XL: jax.Array
     commitment: jax.Array
 
 
-def unit(x: jax.Array) -> jax.Array:
+def unit(x_XL: jax.Array) -> jax.Array:
     """Scales vectors to length 1 in float32; zero stays zero."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+    x_XL = x_XL.astype(jnp.float32)
+    return x_XL * jax.lax.rsqrt(jnp.sum(x_XL * x_XL, axis=-1, keepdims=True) + 1e-12)
 
 
-def batch_mean(latents: jax.Array) -> jax.Array:
-    """Mean (L) of latents (..., L), without gradient."""
-    return jax.lax.stop_gradient(jnp.mean(latents.reshape(-1, latents.shape[-1]), axis=0))
+def batch_mean(latents_XL: jax.Array) -> jax.Array:
+    """Mean (L) of latents, without gradient."""
+    return jax.lax.stop_gradient(jnp.mean(latents_XL.reshape(-1, latents_XL.shape[-1]), axis=0))
 
 
 class VectorQuantizer(nnx.Module):
@@ -80,43 +80,43 @@ class VectorQuantizer(nnx.Module):
         """The codes, of length 1."""
         return unit(self.sums_KL[...])
 
-    def __call__(self, z: jax.Array, train: bool = False) -> Quantized:
-        """Quantises latents (..., L)."""
-        latents = z.astype(jnp.float32)
-        z = unit(latents - (batch_mean(latents) if train and self.centred else self.centre_L[...]))
+    def __call__(self, z_XL: jax.Array, train: bool = False) -> Quantized:
+        """Quantises latents."""
+        latents_XL = z_XL.astype(jnp.float32)
+        z_XL = unit(latents_XL - (batch_mean(latents_XL) if train and self.centred else self.centre_L[...]))
         # float32 products also where the rest is bfloat16: near-ties decide which codes are learned.
-        scores = jnp.einsum("...l,kl->...k", z, self.codebook_KL, precision=jax.lax.Precision.HIGHEST)
-        codes = jnp.argmax(jax.lax.stop_gradient(scores), axis=-1).astype(jnp.int32)
-        vectors = self.codebook_KL[codes]
-        commitment = jnp.mean(jnp.sum(jnp.square(z - vectors), axis=-1))
-        out = z + jax.lax.stop_gradient(vectors - z)
+        scores_XK = jnp.einsum("...l,kl->...k", z_XL, self.codebook_KL, precision=jax.lax.Precision.HIGHEST)
+        codes_X = jnp.argmax(jax.lax.stop_gradient(scores_XK), axis=-1).astype(jnp.int32)
+        vectors_XL = self.codebook_KL[codes_X]
+        commitment = jnp.mean(jnp.sum(jnp.square(z_XL - vectors_XL), axis=-1))
+        out_XL = z_XL + jax.lax.stop_gradient(vectors_XL - z_XL)
         if train and self.unquantized_steps:
             quantizing = self.updates[...] >= self.unquantized_steps
-            out, commitment = jnp.where(quantizing, out, z), jnp.where(quantizing, commitment, 0.0)
-        return Quantized(out, codes, jax.lax.stop_gradient(latents), commitment)
+            out_XL, commitment = jnp.where(quantizing, out_XL, z_XL), jnp.where(quantizing, commitment, 0.0)
+        return Quantized(out_XL, codes_X, jax.lax.stop_gradient(latents_XL), commitment)
 
-    def lookup(self, codes: jax.Array) -> jax.Array:
-        """Codes (...) to unit vectors (..., L)."""
-        return self.codebook_KL[codes]
+    def lookup(self, codes_X: jax.Array) -> jax.Array:
+        """Codes to unit vectors (..., L)."""
+        return self.codebook_KL[codes_X]
 
-    def update(self, latents: jax.Array, codes: jax.Array, key: jax.Array) -> None:
+    def update(self, latents_XL: jax.Array, codes_X: jax.Array, key: jax.Array) -> None:
         """Moves codes towards the latents of a whole batch that chose them, and resets idle ones.
 
         Args:
-          latents: (..., L), of the batch, as `__call__` returns them.
-          codes: (...), the codes they chose.
+          latents_XL: Of the batch, as `__call__` returns them.
+          codes_X: The codes they chose.
           key: Chooses which latents replace idle codes.
         """
         sums_KL, idle_K = self.sums_KL[...], self.idle_K[...]
         num_codes, width = sums_KL.shape
-        latents = latents.reshape(-1, width)
+        latents_BL, codes_B = latents_XL.reshape(-1, width), codes_X.reshape(-1)
         if self.centred:
-            mean_L = batch_mean(latents)
+            mean_L = batch_mean(latents_BL)
             self.centre_L[...] = self.decay * self.centre_L[...] + (1 - self.decay) * mean_L
-            latents -= mean_L
-        latents = unit(latents)
-        counts_K = jnp.zeros(num_codes).at[codes.reshape(-1)].add(1.0)
-        batch_KL = jnp.zeros_like(sums_KL).at[codes.reshape(-1)].add(latents)
+            latents_BL -= mean_L
+        latents_BL = unit(latents_BL)
+        counts_K = jnp.zeros(num_codes).at[codes_B].add(1.0)
+        batch_KL = jnp.zeros_like(sums_KL).at[codes_B].add(latents_BL)
         used_K = counts_K > 0
         moved_KL = self.decay * sums_KL + (1 - self.decay) * batch_KL
         sums_KL = jnp.where(used_K[:, None], moved_KL, sums_KL)
@@ -124,10 +124,10 @@ class VectorQuantizer(nnx.Module):
         if self.reset_after:
             reset_K = idle_K >= self.reset_after
             # Latents far from their code are the likeliest (k-means++), and none is taken twice while there are enough.
-            distances = jnp.sum(jnp.square(latents - unit(sums_KL)[codes.reshape(-1)]), axis=-1)
-            scores = jnp.log(distances + 1e-9) + jax.random.gumbel(key, distances.shape)
-            _, order = jax.lax.top_k(scores, min(num_codes, len(latents)))
-            fresh_KL = latents[order[jnp.cumsum(reset_K) % len(order)]]
+            distances_B = jnp.sum(jnp.square(latents_BL - unit(sums_KL)[codes_B]), axis=-1)
+            scores_B = jnp.log(distances_B + 1e-9) + jax.random.gumbel(key, distances_B.shape)
+            _, order = jax.lax.top_k(scores_B, min(num_codes, len(latents_BL)))
+            fresh_KL = latents_BL[order[jnp.cumsum(reset_K) % len(order)]]
             sums_KL = jnp.where(reset_K[:, None], fresh_KL, sums_KL)
             idle_K = jnp.where(reset_K, 0, idle_K)
         self.sums_KL[...] = sums_KL

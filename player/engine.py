@@ -16,7 +16,7 @@ from flax import nnx
 
 from models.errors import InputError
 from models.genie import World
-from models.sampling import RolloutState, SamplingConfig, next_frame, start_rollout
+from models.sampling import SamplingConfig, next_frame, start_rollout
 from utils.video import resize
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -29,7 +29,7 @@ class Request(NamedTuple):
     action, seed: Integers; int32 scalars on the device.
     """
 
-    state: RolloutState
+    state: Any
     action: Any
     seed: Any
     cfg: SamplingConfig
@@ -60,7 +60,7 @@ class Engine:
 
         @jax.jit
         def step(variables, requests):
-            def one(request: Request) -> tuple[jax.Array, RolloutState]:
+            def one(request: Request) -> tuple[jax.Array, Any]:
                 key = jax.random.fold_in(jax.random.key(request.seed), request.state.frame)
                 world, action_B = nnx.merge(graphdef, variables), request.action[None]
                 frame_BHWC, state = next_frame(world, request.state, action_B, key, request.cfg)
@@ -80,12 +80,12 @@ class Engine:
         blank = np.zeros(self.cfg.tokenizer.frame_shape, np.uint8)
         self._compute([Request(self._start(self._variables, blank), 0, 0, cfg)])
 
-    async def start(self, frame_HWC: np.ndarray) -> RolloutState:
+    async def start(self, frame_HWC: np.ndarray) -> Any:
         """The state after one prompt frame, uint8 and of the world's shape."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._start, self._variables, frame_HWC)
 
-    async def step(self, request: Request) -> tuple[np.ndarray, RolloutState]:
+    async def step(self, request: Request) -> tuple[np.ndarray, Any]:
         """The next frame (H, W, C), uint8, and the state after it. If the caller is cancelled, so is its request."""
         future = asyncio.get_running_loop().create_future()
         self._queue.put_nowait((request, future))
@@ -114,7 +114,7 @@ class Engine:
                 if not future.done():
                     future.set_exception(error)
 
-    def _compute(self, requests: Sequence[Request]) -> list[tuple[np.ndarray, RolloutState]]:
+    def _compute(self, requests: Sequence[Request]) -> list[tuple[np.ndarray, Any]]:
         full = [*requests, *[requests[0]] * (self._width - len(requests))]
         # Fixed types, so that there is one program.
         arrays = tuple(

@@ -16,7 +16,7 @@ import numpy as np
 from aiohttp import ClientError, WSCloseCode, WSMsgType, web
 
 from models.errors import InputError
-from models.sampling import RolloutState, SamplingConfig
+from models.sampling import SamplingConfig
 from player.actions import Action, idle_action
 from player.engine import Engine, Request, decode_picture, fit_picture
 from utils.data import ClipSource
@@ -131,7 +131,7 @@ class Player:
         self.game, self.socket, self.transport = game, socket, request.transport
         self.inbox: dict[str, Any] = {}  # at most one message of each type: the latest
         self.changed = asyncio.Event()
-        self.states: list[RolloutState] = []
+        self.states: list[Any] = []
         self.prompts = np.zeros((0, 1, 1, 3), np.uint8)
         self.picture: np.ndarray | None = None  # uploaded
         self.first: np.ndarray | None = None  # what the game started from

@@ -18,8 +18,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import jax  # noqa: E402 (the cache is set before)
 
+from tests import shapes  # noqa: E402
 from utils.records import Clip, Metadata, write_metadata, write_shard  # noqa: E402
 
+shapes.install()
 jax.config.update("jax_numpy_rank_promotion", "allow")
 
 FRAME = (16, 16, 3)

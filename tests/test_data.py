@@ -95,7 +95,7 @@ def test_processes_share_the_same_global_batches(dataset):
     for batch, first, second in zip(whole, *shares, strict=True):
         np.testing.assert_array_equal(batch.frames_BTHWC[0::2], first.frames_BTHWC)
         np.testing.assert_array_equal(batch.frames_BTHWC[1::2], second.frames_BTHWC)
-    with pytest.raises(InputError, match=r"--batch_size 4.*3 processes"):
+    with pytest.raises(InputError, match=r"`batch_size` 4.*3 processes"):
         batches(source, 4, seed=5, process_count=3)
 
 
@@ -183,7 +183,7 @@ def test_damage_is_named_in_one_line(dataset, tmp_path, harm, message):
 
 
 def test_too_long_sequences_are_named(dataset):
-    with pytest.raises(InputError, match=r"--seq_len 13: the longest clip.*12 frames"):
+    with pytest.raises(InputError, match=r"`seq_len` 13: the longest clip.*12 frames"):
         ClipSource(dataset, "train", 13)
 
 

@@ -1,6 +1,11 @@
 """What the models may see, what carries gradient, and how quantisation behaves."""
 
+import ast
 import dataclasses
+import importlib
+import inspect
+import pkgutil
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +13,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.dynamics import Dynamics, DynamicsConfig, hide_tokens, masked_cross_entropy
+import models
+from models.causal import Causal
+from models.dynamics import DynamicsConfig, masked_cross_entropy
 from models.errors import InputError
+from models.genie import DYNAMICS as KINDS
+from models.kernels import attention, rotate
 from models.lam import LAM, LAMConfig
-from models.nn import Compute, STConfig, attention, patchify, rotate, unpatchify
+from models.maskgit import MaskGIT
+from models.nn import Compute, STConfig, patchify, unpatchify
 from models.tokenizer import Tokenizer, TokenizerConfig
 from models.vq import VectorQuantizer
+from tests import shapes
 
 B, T, H, W = 2, 4, 8, 8
 SIZE = {"width": 16, "num_heads": 2, "num_blocks": 2}
@@ -57,23 +68,24 @@ def test_lam_decoder_sees_past_frames_and_actions_only():
 
 def test_latent_action_depends_on_the_next_frame_and_no_later_one():
     model = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0))
-    seen = influence(lambda x: model(x).latents_BTm1L * 0 + model._latents(x), FRAMES)
+    seen = influence(model._latents, FRAMES)
     np.testing.assert_array_equal(seen, np.tril(np.ones((T - 1, T), bool), k=1))
 
 
 @pytest.mark.parametrize("action_token", ["prepend", "add"])
 def test_dynamics_is_causal_in_tokens_and_actions(action_token):
-    model = Dynamics(dataclasses.replace(DYNAMICS, action_token=action_token), Compute(), nnx.Rngs(0))
+    model = MaskGIT(dataclasses.replace(DYNAMICS, action_token=action_token), Compute(), nnx.Rngs(0))
     table = model.token_embedding[...][TOKENS]
     actions = model.action_embedding[...][ACTIONS]
 
     def logits(x_BTNM, a_BTM):
         a = a_BTM[:, :, None]
         x = jnp.concatenate([a, x_BTNM], axis=2) if action_token == "prepend" else x_BTNM + a
-        return model._logits(model.transformer(x + model.position_NM[...]))
+        return model._predict(x + model.position_NM[...], None, keep=False).logits_BTNK
 
     # The same as calling the model, but with embeddings to differentiate by.
-    np.testing.assert_allclose(logits(table, actions), model(TOKENS, jnp.zeros_like(TOKENS, bool), ACTIONS), atol=1e-5)
+    called = model(TOKENS, jnp.zeros_like(TOKENS, bool), ACTIONS).logits_BTNK
+    np.testing.assert_allclose(logits(table, actions), called, atol=1e-5)
     causal = np.tril(np.ones((T, T), bool))
     np.testing.assert_array_equal(influence(lambda x: logits(x, actions), table), causal)
     np.testing.assert_array_equal(influence(lambda a: logits(table, a), actions), causal)
@@ -82,8 +94,8 @@ def test_dynamics_is_causal_in_tokens_and_actions(action_token):
 @pytest.mark.parametrize("action_token", ["prepend", "add"])
 def test_the_causal_model_sees_tokens_before_each_one_and_the_action_that_leads_there(action_token):
     cfg = dataclasses.replace(DYNAMICS, kind="causal", action_token=action_token)
-    model = Dynamics(cfg, Compute(), nnx.Rngs(0))
-    run = jax.jit(lambda tokens, actions: model(tokens, jnp.zeros_like(tokens, bool), actions))
+    model = Causal(cfg, Compute(), nnx.Rngs(0))
+    run = jax.jit(lambda tokens, actions: model(tokens, jnp.zeros_like(tokens, bool), actions).logits_BTNK)
     logits = run(TOKENS, ACTIONS)
     for t, n in ((0, 0), (1, 2), (2, 0), (T - 1, 3)):
         change = np.abs(run(TOKENS.at[:, t, n].add(1) % 16, ACTIONS) - logits).max(axis=(0, 3)).reshape(-1)
@@ -96,12 +108,14 @@ def test_the_causal_model_sees_tokens_before_each_one_and_the_action_that_leads_
 
 
 def test_like_codes_start_with_like_embeddings():
-    model = Dynamics(dataclasses.replace(DYNAMICS, width=64), Compute(), nnx.Rngs(0))
+    model = MaskGIT(dataclasses.replace(DYNAMICS, width=64), Compute(), nnx.Rngs(0))
+    tokenizer = Tokenizer(dataclasses.replace(TOKENIZER, code_width=8), Compute(), nnx.Rngs(0))
     codebook = np.array(jax.random.normal(jax.random.key(0), (16, 8)))
     codebook[1] = codebook[0] + 0.01
     codebook /= np.linalg.norm(codebook, axis=1, keepdims=True)
     last = np.asarray(model.token_embedding[-1])
-    model.start_from(codebook)
+    tokenizer.vq.sums_KL[...] = jnp.asarray(codebook)
+    model.start_from(tokenizer)
     table = np.asarray(model.token_embedding[...])
     np.testing.assert_array_equal(table[-1], last)
     likeness = np.corrcoef(table[:-1])
@@ -110,26 +124,29 @@ def test_like_codes_start_with_like_embeddings():
 
 
 def test_an_action_changes_the_frame_it_leads_to_and_nothing_earlier():
-    model = Dynamics(DYNAMICS, Compute(), nnx.Rngs(0))
+    model = MaskGIT(DYNAMICS, Compute(), nnx.Rngs(0))
     hidden = jnp.ones_like(TOKENS, bool).at[:, 0].set(False)
+    logits = model(TOKENS, hidden, ACTIONS).logits_BTNK
     for t in range(1, T):
         other = ACTIONS.at[:, t].set((ACTIONS[:, t] + 1) % 3)
-        change = jnp.abs(model(TOKENS, hidden, ACTIONS) - model(TOKENS, hidden, other)).max(axis=(0, 2, 3))
+        change = jnp.abs(logits - model(TOKENS, hidden, other).logits_BTNK).max(axis=(0, 2, 3))
         assert np.all(np.asarray(change[:t]) == 0)
         assert change[t] > 0
 
 
 def test_hidden_tokens_are_invisible_and_alone_carry_loss():
-    model = Dynamics(DYNAMICS, Compute(), nnx.Rngs(0))
-    hidden = hide_tokens(DYNAMICS, jax.random.key(3), TOKENS.shape)
+    model = MaskGIT(DYNAMICS, Compute(), nnx.Rngs(0))
+    run = lambda tokens: model(tokens, hidden, ACTIONS).logits_BTNK
+    hidden, weight = MaskGIT.draw(DYNAMICS, jax.random.key(3), B, T)
+    np.testing.assert_allclose(weight, np.full(B, hidden.size / hidden.sum()), rtol=1e-6)
     assert not hidden[:, 0].any()
     assert 0 < hidden[:, 1:].sum() < hidden[:, 1:].size
     lies = jnp.where(hidden, (TOKENS + 5) % 16, TOKENS)
-    np.testing.assert_array_equal(model(TOKENS, hidden, ACTIONS), model(lies, hidden, ACTIONS))
+    np.testing.assert_array_equal(run(TOKENS), run(lies))
     lies = jnp.where(hidden, TOKENS, (TOKENS + 5) % 16)
-    assert jnp.abs(model(TOKENS, hidden, ACTIONS) - model(lies, hidden, ACTIONS)).max() > 0
+    assert jnp.abs(run(TOKENS) - run(lies)).max() > 0
 
-    logits = model(TOKENS, hidden, ACTIONS)
+    logits = run(TOKENS)
     by_logits = jax.grad(lambda x: masked_cross_entropy(x, TOKENS, hidden)[0].sum())(logits)
     np.testing.assert_array_equal(jnp.any(by_logits != 0, axis=-1), hidden)
     nll, hits = masked_cross_entropy(logits, TOKENS, hidden)
@@ -143,7 +160,7 @@ def test_hidden_tokens_are_invisible_and_alone_carry_loss():
 @pytest.mark.parametrize("mask_rates", ["clip", "frame"])
 def test_hidden_shares_follow_their_distribution(mask_rates):
     cfg = dataclasses.replace(DYNAMICS, mask_rates=mask_rates, num_patches=64)
-    shares = hide_tokens(cfg, jax.random.key(0), (500, 8, 64))[:, 1:].mean(axis=-1)
+    shares = MaskGIT.hide(cfg, jax.random.key(0), 500, 8)[:, 1:].mean(axis=-1)
     spread = float(shares.std(axis=1).mean())
     if mask_rates == "clip":  # U(0.5, 1) per clip, the same for its frames
         assert abs(float(shares.mean()) - 0.75) < 0.02
@@ -167,11 +184,11 @@ def test_unquantized_steps_pass_latents_then_codes():
     unit_z = np.asarray(z) / np.linalg.norm(z, axis=1, keepdims=True)
     for step in range(3):
         quantized = vq(z, train=True)
-        codes = vq.lookup(quantized.codes)
-        np.testing.assert_allclose(quantized.vectors, unit_z if step < 2 else codes, atol=1e-5)
+        codes = vq.lookup(quantized.codes_X)
+        np.testing.assert_allclose(quantized.vectors_XL, unit_z if step < 2 else codes, atol=1e-5)
         assert (quantized.commitment == 0) == (step < 2)
-        np.testing.assert_allclose(vq(z).vectors, codes, atol=1e-5)  # outside of training always codes
-        vq.update(quantized.latents, quantized.codes, jax.random.key(step))
+        np.testing.assert_allclose(vq(z).vectors_XL, codes, atol=1e-5)  # outside of training always codes
+        vq.update(quantized.latents_XL, quantized.codes_X, jax.random.key(step))
 
 
 def test_patches_are_row_by_row():
@@ -188,11 +205,11 @@ def test_straight_through_gradient():
     vq = VectorQuantizer(8, 4, 0.9, 0, nnx.Rngs(0))
     z, weight = jax.random.normal(jax.random.key(0), (5, 4)), jax.random.normal(jax.random.key(1), (5, 4))
     quantized = vq(z)
-    np.testing.assert_allclose(quantized.vectors, vq.lookup(quantized.codes), atol=1e-6)
+    np.testing.assert_allclose(quantized.vectors_XL, vq.lookup(quantized.codes_X), atol=1e-6)
     nearest = np.argmax(np.asarray(z) @ np.asarray(vq.codebook_KL).T, axis=1)
-    np.testing.assert_array_equal(quantized.codes, nearest)
+    np.testing.assert_array_equal(quantized.codes_X, nearest)
     # As if quantisation were not there: the gradient of the normalised latent.
-    through = jax.grad(lambda z: jnp.sum(vq(z).vectors * weight))(z)
+    through = jax.grad(lambda z: jnp.sum(vq(z).vectors_XL * weight))(z)
     plain = jax.grad(lambda z: jnp.sum(z / jnp.linalg.norm(z, axis=-1, keepdims=True) * weight))(z)
     np.testing.assert_allclose(through, plain, atol=1e-5)
     assert jnp.abs(jax.grad(lambda z: vq(z).commitment)(z)).max() > 0
@@ -251,7 +268,7 @@ def test_flash_attention_is_given_even_lengths(length, monkeypatch):
         return library(q, k, v, implementation="xla", **options)
 
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    monkeypatch.setattr("models.nn.flash_capable", lambda device: True)
+    monkeypatch.setattr("models.kernels.flash_capable", lambda device: True)
     monkeypatch.setattr("jax.nn.dot_product_attention", instead)
     for causal, y in zip((False, True), expected, strict=True):
         np.testing.assert_array_equal(attention(q, k, v, causal=causal), y)
@@ -265,9 +282,35 @@ def test_rotary_scores_depend_on_distance_alone():
 
 
 def test_bad_sizes_are_refused_in_one_line():
-    with pytest.raises(InputError, match=r"--model.width 15.*num_heads 2"):
+    with pytest.raises(InputError, match=r"`width` 15.*`num_heads` 2"):
         STConfig(width=15, num_heads=2)
-    with pytest.raises(InputError, match=r"patch_size 0"):
+    with pytest.raises(InputError, match=r"`patch_size` 0"):
         TokenizerConfig(patch_size=0)
     with pytest.raises(InputError, match="cudnn"):
         attention(*jnp.zeros((3, 1, 2, 1, 8)), causal=True, implementation="cudnn")
+
+
+def test_every_kind_of_dynamics_can_be_chosen():
+    assert set(KINDS) == set(get_args(get_type_hints(DynamicsConfig)["kind"]))
+
+
+def test_shapes_in_names_are_checked():
+    with pytest.raises(AssertionError, match="unpatchify"):
+        unpatchify(jnp.zeros((2, 4, 12)), 2, (4, 4, 3))
+    with pytest.raises(AssertionError, match="hidden_BTN"):
+        masked_cross_entropy(jnp.zeros((2, 3, 4, 16)), jnp.zeros((2, 3, 4), int), jnp.ones((2, 3, 5), bool))
+    model = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0))
+    with pytest.raises(AssertionError, match="actions_BTm1L"):
+        model.predict(FRAMES, jnp.zeros((B, T - 1, 4)))
+
+
+def test_every_array_that_models_take_carries_its_shape():
+    """But for keys, numbers, and what has any shape at all."""
+    plain = {"key", "start", "slot", "index", "place", "i"}
+    for module in pkgutil.iter_modules(models.__path__):
+        tree = ast.parse(inspect.getsource(importlib.import_module(f"models.{module.name}")))
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            for argument in function.args.args:
+                if argument.annotation and ast.unparse(argument.annotation).startswith("jax.Array"):
+                    named = shapes.axes_of(argument.arg) or argument.arg in plain
+                    assert named, f"models/{module.name}.py, {function.name}: {argument.arg}"

@@ -7,7 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from models.dynamics import Dynamics, DynamicsConfig
+from models.dynamics import DynamicsConfig
+from models.maskgit import MaskGIT
 from models.nn import Compute, STConfig, STTransformer
 from models.tokenizer import Tokenizer, TokenizerConfig
 from utils.optim import OptimConfig, learning_rate_schedule, make_optimizer, matrices, phases
@@ -50,18 +51,18 @@ def test_bfloat16_is_for_products_only():
 
 def test_logits_and_moments_are_float32_in_bfloat16():
     cfg = DynamicsConfig(**SIZE, num_codes=16, num_patches=4, num_actions=3)
-    model = nnx.eval_shape(lambda: Dynamics(cfg, Compute(dtype="bfloat16"), nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: MaskGIT(cfg, Compute(dtype="bfloat16"), nnx.Rngs(0)))
     tokens = jnp.zeros((1, 3, 4), jnp.int32)
     graphdef, variables = nnx.split(model)
-    logits = jax.eval_shape(lambda v: nnx.merge(graphdef, v)(tokens, tokens > 0, tokens[:, :, 0]), variables)
-    assert logits.dtype == jnp.float32
+    out = jax.eval_shape(lambda v: nnx.merge(graphdef, v)(tokens, tokens > 0, tokens[:, :, 0]), variables)
+    assert out.logits_BTNK.dtype == jnp.float32
     moments = jax.eval_shape(make_optimizer(OptimConfig(), 100).init, nnx.state(model, nnx.Param))
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(moments))
 
 
 def test_bfloat16_stays_near_float32():
     outs = [
-        STTransformer(STConfig(**SIZE), Compute(dtype=d), nnx.Rngs(0))(X).astype(jnp.float32)
+        STTransformer(STConfig(**SIZE), Compute(dtype=d), nnx.Rngs(0))(X).x_BTNM.astype(jnp.float32)
         for d in ("float32", "bfloat16")
     ]
     np.testing.assert_allclose(outs[0], outs[1], atol=0.1)
@@ -71,7 +72,7 @@ def test_bfloat16_stays_near_float32():
 def gradient(remat):
     model = STTransformer(STConfig(**SIZE), Compute(remat=remat), nnx.Rngs(0))
     graphdef, params = nnx.split(model)
-    return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(X)))))(params)
+    return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(X).x_BTNM))))(params)
 
 
 @pytest.mark.parametrize("remat", ["block", "dots", "offload"])
@@ -86,7 +87,7 @@ def test_activation_checkpointing_saves_memory():
     def temporary(how):
         model = STTransformer(STConfig(width=32, num_heads=2, num_blocks=6), Compute(remat=how), nnx.Rngs(0))
         graphdef, params = nnx.split(model)
-        step = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x) ** 2)))
+        step = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x).x_BTNM ** 2)))
         return step.lower(params).compile().memory_analysis().temp_size_in_bytes
 
     none, block = temporary("none"), temporary("block")
@@ -98,8 +99,8 @@ def test_scanned_blocks_equal_unrolled_ones():
     graphdef, stacked = nnx.split(model.blocks)
     x = X
     for i in range(2):
-        x, _ = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], stacked))(x, None, 0)
-    np.testing.assert_allclose(model(X), model.norm(x), atol=1e-5)
+        x = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], stacked))(x).x_BTNM
+    np.testing.assert_allclose(model(X).x_BTNM, model.norm(x), atol=1e-5)
     first, second = jax.tree.leaves(stacked)[0]
     assert np.any(first != second)  # blocks differ from the start
 

@@ -12,9 +12,11 @@ from flax import nnx
 from models.dynamics import DynamicsConfig
 from models.errors import InputError
 from models.genie import World, WorldConfig
+from models.kernels import KV
 from models.lam import LAMConfig
-from models.nn import KV, Compute
-from models.sampling import SamplingConfig, fill_tokens, halton_ranks, next_frame, restrict, rollout, start_rollout
+from models.maskgit import fill_tokens, halton_ranks
+from models.nn import Compute, Past
+from models.sampling import SamplingConfig, next_frame, restrict, rollout, start_rollout
 from models.tokenizer import TokenizerConfig
 
 SIZE = {"width": 16, "num_heads": 2, "num_blocks": 2}
@@ -44,11 +46,11 @@ def plain_rollout(world, frames, actions, key, cfg):
         def logits(tokens_BN, hidden_BN, tokens=tokens, led_by=led_by):
             clip = jnp.concatenate([tokens, tokens_BN[:, None]], axis=1)
             hidden = jnp.concatenate([jnp.zeros_like(tokens, bool), hidden_BN[:, None]], axis=1)
-            return world.dynamics(clip, hidden, led_by)[:, -1]
+            return world.dynamics(clip, hidden, led_by).logits_BTNK[:, -1]
 
         new = fill_tokens(logits, (len(tokens), tokens.shape[2]), jax.random.fold_in(key, t), cfg, columns=2)
         tokens = jnp.concatenate([tokens, new[:, None]], axis=1)
-    return jnp.clip(world.tokenizer.decode(tokens)[:, frames.shape[1] :], 0, 1)
+    return jnp.clip(world.tokenizer.decode(tokens).frames_BTHWC[:, frames.shape[1] :], 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -70,11 +72,10 @@ def test_cached_logits_equal_those_of_the_whole_clip(world):
     tokens = world.tokenizer.encode(FRAMES)
     led_by = jnp.pad(ACTIONS, ((0, 0), (1, 0)), constant_values=-1)
     seen = jnp.zeros_like(tokens, bool)
-    whole = world.dynamics(tokens, seen, led_by)
+    whole = world.dynamics(tokens, seen, led_by).logits_BTNK
     state = start_rollout(world, FRAMES[:, :-1], ACTIONS[:, :-1])
-    last, _ = world.dynamics.run(
-        tokens[:, -1:], seen[:, -1:], led_by[:, -1:], state.dynamics, state.frame, state.tokens_BN
-    )
+    past = Past(state.dynamics, state.frame)
+    last = world.dynamics(tokens[:, -1:], seen[:, -1:], led_by[:, -1:], past, state.tokens_BN).logits_BTNK
     np.testing.assert_allclose(last[:, 0], whole[:, -1], atol=1e-5)
 
 
@@ -83,32 +84,33 @@ def test_cached_causal_decoding_equals_teacher_forced_logits():
     world = World(cfg, Compute(), nnx.Rngs(0))
     tokens = world.tokenizer.encode(FRAMES)
     led_by = jnp.pad(ACTIONS, ((0, 0), (1, 0)), constant_values=-1)
-    whole = world.dynamics(tokens, jnp.zeros_like(tokens, bool), led_by)
+    whole = world.dynamics(tokens, jnp.zeros_like(tokens, bool), led_by).logits_BTNK
     state = start_rollout(world, FRAMES[:, :-1], ACTIONS[:, :-1])
-    L, B, N, Q, _, D = state.dynamics.v_BNQSD.shape
-    frame = KV(*[jnp.zeros((L, B, 1, N, Q, D))] * 2)
+    blocks, B, N, Q, _, D = state.dynamics.v_BRQSD.shape
+    space = KV(jnp.zeros((blocks, B, 1, Q, D, N)), jnp.zeros((blocks, B, 1, Q, N, D)))
     step = jax.jit(
-        lambda token, place, frame: world.dynamics.run_token(
-            token, place, led_by[:, -1], frame, state.dynamics, state.frame, state.tokens_BN
+        lambda token, place, space: world.dynamics.next_token(
+            token, led_by[:, -1], state.tokens_BN[:, place], Past(state.dynamics, state.frame, space, place)
         )
     )
     for place in range(tokens.shape[2]):
         token = tokens[:, -1, place - 1] if place else jnp.zeros(2, jnp.int32)
-        logits, frame, _ = step(token, jnp.int32(place), frame)
-        np.testing.assert_allclose(logits, whole[:, -1, place], atol=1e-5)
+        out = step(token, jnp.int32(place), space)
+        space = space.write(out.space, jnp.int32(place))
+        np.testing.assert_allclose(out.logits_BTNK[:, 0, 0], whole[:, -1, place], atol=1e-5)
 
 
 def test_a_causal_rollout_equals_one_without_caches():
     cfg = dataclasses.replace(CONFIG, dynamics=dataclasses.replace(CONFIG.dynamics, kind="causal"))
     world = World(cfg, Compute(), nnx.Rngs(0))
-    run = jax.jit(lambda tokens, actions: world.dynamics(tokens, jnp.zeros_like(tokens, bool), actions))
+    run = jax.jit(lambda tokens, actions: world.dynamics(tokens, jnp.zeros_like(tokens, bool), actions).logits_BTNK)
     tokens = np.array(world.tokenizer.encode(FRAMES[:, :2]))
     for t in range(2, WINDOW):
         led_by = jnp.pad(ACTIONS[:, :t], ((0, 0), (1, 0)), constant_values=-1)
         tokens = np.concatenate([tokens, np.zeros_like(tokens[:, :1])], axis=1)
         for place in range(tokens.shape[2]):
             tokens[:, t, place] = np.argmax(run(tokens, led_by)[:, t, place], axis=-1)
-    plain = jnp.clip(world.tokenizer.decode(tokens)[:, 2:], 0, 1)
+    plain = jnp.clip(world.tokenizer.decode(tokens).frames_BTHWC[:, 2:], 0, 1)
     cached = rollout(world, FRAMES[:, :2], ACTIONS, jax.random.key(0), SamplingConfig(temperature=0.0))
     np.testing.assert_allclose(cached, plain, atol=1e-4)
 
@@ -150,13 +152,15 @@ def test_long_rollouts_keep_their_size_and_slide(world):
     # All that the ring holds counts, wherever it begins.
     tokens = jnp.zeros((2, 1, 4), jnp.int32)
     run = jax.jit(
-        lambda past: world.dynamics.run(tokens, tokens > 0, tokens[:, :, 0], past, state.frame, tokens[:, 0])[0]
+        lambda past: (
+            world.dynamics(tokens, tokens > 0, tokens[:, :, 0], Past(past, state.frame), tokens[:, 0]).logits_BTNK
+        )
     )
     logits, past = run(state.dynamics), state.dynamics
     for slot in range(S):
-        other = past._replace(v_BNQSD=past.v_BNQSD.at[..., slot, :].add(1.0))
+        other = past._replace(v_BRQSD=past.v_BRQSD.at[..., slot, :].add(1.0))
         assert np.abs(run(other) - logits).max() > 1e-4
-    turned = type(past)(jnp.roll(past.k_BNQDS, 1, axis=5), jnp.roll(past.v_BNQSD, 1, axis=4))
+    turned = KV(jnp.roll(past.k_BRQDS, 1, axis=5), jnp.roll(past.v_BRQSD, 1, axis=4))
     np.testing.assert_allclose(run(turned), logits, atol=1e-5)
 
 
@@ -288,11 +292,11 @@ def test_halton_order_spreads_settled_tokens_evenly():
 
 def test_bad_settings_are_named():
     for flags, message in (
-        ({"steps": 0}, "--steps 0"),
-        ({"temperature": -1}, "--temperature -1"),
-        ({"temperature": float("nan")}, "--temperature nan"),
-        ({"top_k": -1}, "--top_k -1"),
-        ({"top_p": 0.0}, "--top_p 0"),
+        ({"steps": 0}, "`steps` 0"),
+        ({"temperature": -1}, "`temperature` -1"),
+        ({"temperature": float("nan")}, "`temperature` nan"),
+        ({"top_k": -1}, "`top_k` -1"),
+        ({"top_p": 0.0}, "`top_p` 0"),
     ):
         with pytest.raises(InputError, match=message):
             SamplingConfig(**flags)

@@ -70,7 +70,7 @@ def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[st
     if (folder / "config.json").exists():
         stored = read_config(folder)
         if stored["kind"] != kind:
-            raise InputError(f"--ckpt_dir {folder}: holds a {stored['kind']}, not a {kind}; choose another folder")
+            raise InputError(f"`ckpt_dir` {folder}: holds a {stored['kind']}, not a {kind}; choose another folder")
         compared = [name for name in ("model", "train", "parts") if name in stored]
         old, new = (_flat({name: config[name] for name in compared}) for config in (stored, fields))
         differing = [
@@ -80,8 +80,8 @@ def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[st
         ]
         if differing and checkpoint_steps(folder):
             raise InputError(
-                f"--ckpt_dir {folder}: holds a training with another configuration ({'; '.join(differing)}); give the "
-                "stored values to resume it, or another --ckpt_dir"
+                f"`ckpt_dir` {folder}: holds a training with another configuration ({'; '.join(differing)}); give the "
+                "stored values to resume it, or another `ckpt_dir`"
             )
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -60,21 +60,21 @@ class ClipSource:
         tokens = self.metadata.tokens
         if tokens and not tokens_too:
             raise InputError(
-                f"--data_dir {folder}: holds tokens without frames; name a dataset of frames, {tokens.frames}"
+                f"`data_dir` {folder}: holds tokens without frames; name a dataset of frames, {tokens.frames}"
             )
         if tokens and tokens.window != seq_len:
             raise InputError(
-                f"--seq_len {seq_len}: the clips of the token dataset {folder} have {tokens.window} frames"
+                f"`seq_len` {seq_len}: the clips of the token dataset {folder} have {tokens.window} frames"
             )
         shards = self.metadata.splits.get(split, ())
         if not shards:
-            raise InputError(f"--data_dir {folder}: the dataset has no clips in its {split} split; generate more data")
+            raise InputError(f"`data_dir` {folder}: the dataset has no clips in its {split} split; generate more data")
         # Only the long enough clips, which every file begins with. Offsets map a clip to its file.
         self._counts = [shard.count(seq_len) for shard in shards]
         if sum(self._counts) == 0:
             longest = longest_clip(str(folder), split)
             raise InputError(
-                f"--seq_len {seq_len}: the longest clip in {folder}/{split} has {longest} frames; choose --seq_len "
+                f"`seq_len` {seq_len}: the longest clip in {folder}/{split} has {longest} frames; choose `seq_len` "
                 f"{longest} or less, or generate longer clips"
             )
         files = [self.folder / shard.file for shard in shards]
@@ -176,7 +176,7 @@ def batches(
     import grain  # not at the top: the workers of generate_dataset.py start faster without it
 
     if batch_size % process_count:
-        raise InputError(f"--batch_size {batch_size}: must be a multiple of the {process_count} processes")
+        raise InputError(f"`batch_size` {batch_size}: must be a multiple of the {process_count} processes")
     places = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     places = places.random_map(lambda index, rng: (index, rng.random()))
     mine = places[start * batch_size + process_index :: process_count].batch(batch_size // process_count)

@@ -1,6 +1,6 @@
 """Where numbers and pictures of a training go: console, metrics.jsonl, image files, TensorBoard, wandb.
 
-Every writer has the same three methods; a writer that was not asked for is not in the list.
+Every writer has the same three methods; `Writers` hands on to several, or, in all processes but one, to none.
 """
 
 import json
@@ -27,6 +27,25 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """Writes out what is still held."""
+
+
+class Writers:
+    """Several writers as one."""
+
+    def __init__(self, *writers: Writer):
+        self.writers = writers
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for writer in self.writers:
+            writer.scalars(step, values)
+
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        for writer in self.writers:
+            writer.image(step, name, image_HWC)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
 
 
 class Console:

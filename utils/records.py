@@ -193,8 +193,8 @@ def read_metadata(folder: str | Path) -> Metadata:
     path = Path(folder) / "metadata.json"
     if not path.is_file():
         raise InputError(
-            f"--data_dir {folder}: no dataset here (no metadata.json); make one with generate_dataset.py or "
-            "preprocess_dataset.py, or name its folder with --data_dir"
+            f"`data_dir` {folder}: no dataset here (no metadata.json); make one with generate_dataset.py or "
+            "preprocess_dataset.py, or name its folder with `data_dir`"
         )
     try:
         fields = json.loads(path.read_text())

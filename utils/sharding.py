@@ -32,7 +32,7 @@ def make_mesh(fsdp: int = 1) -> Mesh:
     """
     devices = jax.device_count()
     if fsdp < 1 or devices % fsdp:
-        raise InputError(f"--fsdp {fsdp}: must divide the number of devices, {devices}")
+        raise InputError(f"`fsdp` {fsdp}: must divide the number of devices, {devices}")
     return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 

@@ -1,0 +1,73 @@
+"""Floating-point operations, all in one place.
+
+Counted are matrix products, where a product of a and b is 2 (one to multiply, one to add), and attention over all N²
+pairs in space and all T² in time, causal or not, as is the custom. A backward pass is twice the forward one: one
+product for the inputs' gradient, one for the weights'. Norms, activations and softmax are left out: below 2 %.
+
+One block, for each place of each frame:
+
+    qkv and out of two attentions     2 · 4 M² each
+    feed-forward, 4 M wide            2 · 8 M²
+    scores and their sum, in space    2 · 2 N M
+    … in time, with a cache           2 · 2 (T + past) M
+"""
+
+import itertools
+from typing import TYPE_CHECKING
+
+from models.nn import STConfig, num_patches
+
+if TYPE_CHECKING:
+    from models.dynamics import DynamicsConfig
+    from models.lam import LAMConfig
+    from models.tokenizer import TokenizerConfig
+
+
+def transformer(cfg: STConfig, num_patches: int, num_frames: int, past: int = 0) -> int:
+    """Of an ST-transformer's forward pass over one clip, after a cache of `past` frames."""
+    M, N, T = cfg.width, num_patches, num_frames
+    return 2 * (16 * M * M + 2 * N * M + 2 * (T + past) * M) * T * N * cfg.num_blocks
+
+
+def dense(rows: int, *widths: int) -> int:
+    """Of dense layers one after another, forward: rows × widths[0] to widths[1] and so on."""
+    return 2 * rows * sum(a * b for a, b in itertools.pairwise(widths))
+
+
+def tokenizer_encode(cfg: "TokenizerConfig", num_frames: int) -> int:
+    """Of tokenizing one clip."""
+    N, channels = cfg.num_patches, cfg.patch_size**2 * cfg.frame_shape[2]
+    layers = dense(N * num_frames, channels, cfg.width, cfg.code_width, cfg.num_codes)
+    return transformer(cfg, N, num_frames) + layers
+
+
+def tokenizer_decode(cfg: "TokenizerConfig", num_frames: int, past: int = 0) -> int:
+    """Of decoding the tokens of one clip, after a cache of `past` frames."""
+    N, channels = cfg.num_patches, cfg.patch_size**2 * cfg.frame_shape[2]
+    return transformer(cfg, N, num_frames, past) + dense(N * num_frames, cfg.code_width, cfg.width, channels)
+
+
+def tokenizer_step(cfg: "TokenizerConfig", num_frames: int) -> int:
+    """Of a training step for one clip, forward and backward; the search for the nearest code has no backward pass."""
+    search = dense(cfg.num_patches * num_frames, cfg.code_width, cfg.num_codes)
+    return 3 * (tokenizer_encode(cfg, num_frames) + tokenizer_decode(cfg, num_frames)) - 2 * search
+
+
+def lam_infer(cfg: "LAMConfig", num_frames: int) -> int:
+    """Of inferring the actions of one clip, with a token for the action beside the patches of every frame."""
+    N, channels = num_patches(cfg.frame_shape, cfg.patch_size), cfg.patch_size**2 * cfg.frame_shape[2]
+    return transformer(cfg, N + 1, num_frames) + dense(N * num_frames, 2 * channels, cfg.width)
+
+
+def lam_step(cfg: "LAMConfig", num_frames: int) -> int:
+    """Of a training step for one clip, forward and backward; the decoder sees all frames but the last."""
+    N, channels = num_patches(cfg.frame_shape, cfg.patch_size), cfg.patch_size**2 * cfg.frame_shape[2]
+    Tm1 = num_frames - 1
+    decoder = transformer(cfg, N, Tm1) + dense(N * Tm1, channels, cfg.width, channels)
+    return 3 * (lam_infer(cfg, num_frames) + decoder)
+
+
+def dynamics_forward(cfg: "DynamicsConfig", num_frames: int, past: int = 0) -> int:
+    """Of a forward pass of a dynamics model over tokens, one clip after a cache of `past` frames."""
+    places = cfg.num_patches + cfg.extra_places
+    return transformer(cfg, places, num_frames, past) + dense(cfg.num_patches * num_frames, cfg.width, cfg.num_codes)

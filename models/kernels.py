@@ -1,0 +1,167 @@
+"""How the blocks are computed: attention and its choice of kernel, dense layers, norms, activation checkpointing."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.errors import InputError
+
+
+class KV(NamedTuple):
+    """Keys and values of S places along an axis, in R rows that attend apart; or the same stacked over blocks.
+
+    Along time, the rows are the places of a frame and S counts frames; along space it is the other way round.
+
+    k_BRQDS, v_BRQSD: Laid out for one new query in a row, which then multiplies them as they lie.
+    """
+
+    k_BRQDS: jax.Array
+    v_BRQSD: jax.Array
+
+    def padded(self, size: int) -> "KV":
+        """A cache of `size` slots whose first ones are these."""
+        empty = (0, size - self.k_BRQDS.shape[-1])
+        other = [(0, 0)] * (self.k_BRQDS.ndim - 2)
+        return KV(jnp.pad(self.k_BRQDS, [*other, (0, 0), empty]), jnp.pad(self.v_BRQSD, [*other, empty, (0, 0)]))
+
+    def write(self, new: "KV", slot: jax.Array) -> "KV":
+        """This cache with one place's keys and values in a slot."""
+        k_BRQDS = jax.lax.dynamic_update_slice_in_dim(
+            self.k_BRQDS, new.k_BRQDS.astype(self.k_BRQDS.dtype), slot, axis=self.k_BRQDS.ndim - 1
+        )
+        v_BRQSD = jax.lax.dynamic_update_slice_in_dim(
+            self.v_BRQSD, new.v_BRQSD.astype(self.v_BRQSD.dtype), slot, axis=self.v_BRQSD.ndim - 2
+        )
+        return KV(k_BRQDS, v_BRQSD)
+
+    def row(self, index: jax.Array) -> "KV":
+        """The cache of one row (R = 1), stacked over blocks."""
+        return KV(*(jax.lax.dynamic_slice_in_dim(x, index, 1, axis=2) for x in self))
+
+
+def attention(
+    q_BSQD: jax.Array,
+    k_BSQD: jax.Array,
+    v_BSQD: jax.Array,
+    *,
+    causal: bool,
+    implementation: str = "auto",
+    past: KV | None = None,
+    start: jax.Array | int = 0,
+) -> jax.Array:
+    """Softmax attention along S, (B, S, Q, D); every attention of the project goes through here.
+
+    Args:
+      causal: Each place attends to itself and to those before it; else to all that are given.
+      implementation: See `models.nn.Compute.attention`; with a past it is always XLA's.
+      past: Rows (R = 1) of earlier places, all of which are attended to as well.
+      start: Index of the first given place; the first `min(start, S)` slots of the past are filled.
+    Raises:
+      InputError: cuDNN was asked for where it cannot run.
+    """
+    if past is not None:
+        return _attention_with_past(q_BSQD, k_BSQD, v_BSQD, past, start, causal)
+    head_width = q_BSQD.shape[-1]
+    fits = q_BSQD.dtype in (jnp.bfloat16, jnp.float16) and head_width % 8 == 0 and head_width <= 128
+    on_gpu = jax.default_backend() == "gpu" and flash_capable(jax.local_devices()[0])
+    if implementation == "cudnn" and not (fits and on_gpu):
+        raise InputError(
+            "`attention` cudnn: needs an NVIDIA GPU (Ampere or later), `dtype` bfloat16 and a head width that is a "
+            f"multiple of 8; here the device is {jax.local_devices()[0].device_kind}, the dtype {q_BSQD.dtype}, "
+            f"the head width {head_width}"
+        )
+    flash = implementation == "cudnn" or (implementation == "auto" and fits and on_gpu)
+    S, lengths_B = q_BSQD.shape[1], None
+    if flash and S % 2:
+        # JAX refuses cuDNN's backward pass at odd lengths, such as that of a frame with an action token.
+        q_BSQD, k_BSQD, v_BSQD = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_BSQD, k_BSQD, v_BSQD))
+        if not causal:  # else nobody sees what stands at the end
+            lengths_B = jnp.full(len(q_BSQD), S, jnp.int32)
+    y_BSQD = jax.nn.dot_product_attention(
+        q_BSQD,
+        k_BSQD,
+        v_BSQD,
+        is_causal=causal,
+        key_value_seq_lengths=lengths_B,
+        implementation="cudnn" if flash else "xla",
+    )
+    return y_BSQD[:, :S]
+
+
+def _attention_with_past(
+    q_BSQD: jax.Array, k_BSQD: jax.Array, v_BSQD: jax.Array, past: KV, start: jax.Array | int, causal: bool
+) -> jax.Array:
+    # The past and the given places are scored apart: joining them would copy the cache at every step.
+    k_BQDU, v_BQUD = past.k_BRQDS[:, 0], past.v_BRQSD[:, 0]
+    S, U = q_BSQD.shape[1], k_BQDU.shape[-1]
+    scale = q_BSQD.shape[-1] ** -0.5
+    past_BQSU = jnp.einsum("bsqd,bqdu->bqsu", q_BSQD, k_BQDU, preferred_element_type=jnp.float32) * scale
+    own_BQSS = jnp.einsum("bsqd,btqd->bqst", q_BSQD, k_BSQD, preferred_element_type=jnp.float32) * scale
+    past_BQSU = jnp.where(jnp.arange(U) < start, past_BQSU, -jnp.inf)
+    if causal and S > 1:
+        own_BQSS = jnp.where(jnp.tri(S, dtype=bool), own_BQSS, -jnp.inf)
+    weights_BQSX = jax.nn.softmax(jnp.concatenate([past_BQSU, own_BQSS], axis=-1), axis=-1).astype(v_BSQD.dtype)
+    y_BSQD = jnp.einsum("bqsu,bqud->bsqd", weights_BQSX[..., :U], v_BQUD)
+    return y_BSQD + jnp.einsum("bqst,btqd->bsqd", weights_BQSX[..., U:], v_BSQD)
+
+
+def flash_capable(device: Any) -> bool:
+    """Whether cuDNN's flash attention runs on a device: on NVIDIA's from Ampere on."""
+    capability = str(getattr(device, "compute_capability", ""))  # of an AMD GPU, a name such as gfx942
+    return capability.replace(".", "").isdigit() and float(capability) >= 8
+
+
+def rotate(x_BTNQD: jax.Array, start: jax.Array | int) -> jax.Array:
+    """Rotary encoding of time (Su et al. 2021): frame t is rotated by its index `start + t`.
+
+    Scores depend on distances alone, so a window may slide and cached keys stay valid. The slowest of D / 2 waves turns
+    once in 2π · 100^(1 - 2 / D) frames: in 544 at D = 64.
+    """
+    T, D = x_BTNQD.shape[1], x_BTNQD.shape[-1]
+    frequencies = 100.0 ** (-jnp.arange(D // 2, dtype=jnp.float32) / (D // 2))
+    angles = (start + jnp.arange(T, dtype=jnp.float32))[:, None, None, None] * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    a_BTNQD, b_BTNQD = jnp.split(x_BTNQD.astype(jnp.float32), 2, axis=-1)  # D / 2 each
+    turned = [a_BTNQD * cos - b_BTNQD * sin, a_BTNQD * sin + b_BTNQD * cos]
+    return jnp.concatenate(turned, axis=-1).astype(x_BTNQD.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x_XM: jax.Array) -> jax.Array:
+        y_XM = x_XM.astype(jnp.float32)
+        # y * y and not jnp.square(y): XLA's CPU fusions then take a fifth off a whole block's time.
+        y_XM = y_XM * jax.lax.rsqrt(jnp.mean(y_XM * y_XM, axis=-1, keepdims=True) + 1e-6) * self.scale[...]
+        return y_XM.astype(x_XM.dtype)
+
+
+class Linear(nnx.Linear):
+    """A dense layer over the last axis. The others are folded into one: XLA's CPU products are twice as fast so."""
+
+    def __call__(self, x_XM: jax.Array) -> jax.Array:  # type: ignore[override]
+        return super().__call__(x_XM.reshape(-1, x_XM.shape[-1])).reshape(*x_XM.shape[:-1], -1)
+
+
+def remat(body: Callable, how: str) -> Callable:
+    """Wraps the body of a scan over blocks in activation checkpointing; see `models.nn.Compute.remat`."""
+    policies = jax.checkpoint_policies
+    if how == "none":
+        return body
+    policy = {
+        "block": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["block_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[how]
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)

@@ -1,0 +1,107 @@
+"""Where the actions come from that a dynamics model is trained on: chosen once, then asked."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from models import flops
+from models.errors import InputError
+from models.genie import World
+from models.lam import LAMConfig
+from utils.data import Batch
+from utils.records import Metadata
+
+
+class Acted(NamedTuple):
+    """The actions of a batch, and what training a LAM along adds.
+
+    actions_BTm1: int32; entry t leads from frame t to frame t + 1.
+    loss: The LAM's, or 0.
+    codes: Latents and codes that its codebook learns from (see `VectorQuantizer.update`), or None.
+    """
+
+    actions_BTm1: jax.Array
+    loss: jax.Array | float = 0.0
+    codes: tuple[jax.Array, jax.Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrueActions:
+    """The dataset's own."""
+
+    lam = None
+    trainable = ("dynamics",)
+
+    def num_actions(self, metadata: Metadata) -> int:
+        """Raises InputError where the dataset has none."""
+        if not metadata.action_names:
+            raise InputError("`use_gt_actions`: the dataset has no actions; train a LAM instead")
+        return metadata.num_actions
+
+    def flops(self, num_frames: int) -> int:
+        """Of a training step for one clip."""
+        return 0
+
+    def actions(self, world: World, batch: Batch, frames_BTHWC: jax.Array, train: bool) -> Acted:
+        """The actions of clips whose frames are given too, in [0, 1]."""
+        return Acted(batch.actions_BT[:, :-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class InferredActions:
+    """Those that a trained LAM infers from the frames."""
+
+    lam: LAMConfig
+    trainable = ("dynamics",)
+
+    def num_actions(self, metadata: Metadata) -> int:
+        return self.lam.num_codes
+
+    def flops(self, num_frames: int) -> int:
+        return flops.lam_infer(self.lam, num_frames)
+
+    def actions(self, world: World, batch: Batch, frames_BTHWC: jax.Array, train: bool) -> Acted:
+        return Acted(world.infer_actions(frames_BTHWC))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredActions(InferredActions):
+    """Those that the same LAM inferred when the token dataset was made."""
+
+    def flops(self, num_frames: int) -> int:
+        return 0
+
+    def actions(self, world: World, batch: Batch, frames_BTHWC: jax.Array, train: bool) -> Acted:
+        return Acted(batch.latent_actions_BT[:, :-1].astype(jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedActions:
+    """Those of a LAM that is trained along; it shares no parameter with the dynamics model, and no gradient.
+
+    commitment: Weight of the loss that holds latents near their codes.
+    """
+
+    lam: LAMConfig
+    commitment: float
+    trainable = ("dynamics", "lam")
+
+    def num_actions(self, metadata: Metadata) -> int:
+        """Raises InputError where the dataset has no frames to learn from."""
+        if metadata.tokens:
+            raise InputError("`data_dir`: without frames no LAM can be trained along; give `lam_checkpoint`")
+        return self.lam.num_codes
+
+    def flops(self, num_frames: int) -> int:
+        return flops.lam_step(self.lam, num_frames)
+
+    def actions(self, world: World, batch: Batch, frames_BTHWC: jax.Array, train: bool) -> Acted:
+        assert world.lam
+        out = world.lam(frames_BTHWC, train)
+        error = jnp.mean(jnp.square(out.next_frames_BTm1HWC - frames_BTHWC[:, 1:]))
+        return Acted(out.actions_BTm1, error + self.commitment * out.commitment, (out.latents_BTm1L, out.actions_BTm1))
+
+
+ActionSource = TrueActions | InferredActions | LearnedActions
