@@ -30,8 +30,8 @@ class Config(RecordingOptions):
     num_workers: int | None = None
     """Worker processes, 0.8 GB of memory each; by default one for each core. It has no effect on the files."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         self.expect("num_workers", self.num_workers is None or self.num_workers >= 1, "at least 1")
 
 

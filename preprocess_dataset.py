@@ -26,13 +26,14 @@ class Config(ConversionOptions):
     num_workers: int = 4
     """Processes that convert files; 0 converts in this one. The dataset is the same for any number."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.num_workers < 0:
             raise InputError(f"`num_workers` {self.num_workers}: must be 0 or more")
 
 
 def main(config: Config) -> None:
+    config.check()
     if already_done(config):
         print(f"{config.output_dir} already holds a dataset and {config.input_dir} does not exist: nothing to convert")
         return

@@ -68,7 +68,10 @@ class ConversionOptions:
     strict: bool = False
     """Stop at the first file that cannot be used, instead of skipping it."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises an InputError for a value that cannot work."""
+        if self.source not in ("auto", *KINDS):
+            raise InputError(f"`source` {self.source}: must be auto or one of {', '.join(KINDS)}")
         if (self.height is None) != (self.width is None):
             raise InputError(f"`height` {self.height} `width` {self.width}: give both, or neither to keep the size")
         for name in ("height", "width", "fps"):
@@ -96,8 +99,9 @@ def convert(options: ConversionOptions, output_dir: str | Path, num_workers: int
       What metadata.json holds; its `made_by` counts the sources, and those that were skipped.
 
     Raises:
-      InputError: Nothing to read, nothing that can be used, or the dataset exists.
+      InputError: Options that cannot work, nothing to read, nothing that can be used, or the dataset exists.
     """
+    options.check()
     _check_output(output_dir)
     output = Path(output_dir).resolve()
     sources = find_sources(options)

@@ -36,7 +36,8 @@ class RecordingOptions:
     test_fraction: float = 0.02
     """Share of the episodes for testing, as above."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises an InputError for a value that cannot work."""
         self.expect("num_episodes", self.num_episodes >= 1, "at least 1")
         self.expect("seed", self.seed >= 0, "0 or more")
         self.expect("clip_length", 1 <= self.clip_length <= EPISODE_STEPS, f"1 to {EPISODE_STEPS} frames")

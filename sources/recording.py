@@ -61,6 +61,7 @@ def record(
       InputError: The options cannot work, or the folder holds something else.
       OSError: A file cannot be written; once that is mended, the same call continues.
     """
+    options.check()
     environment.check(options)
     made_by = _made_by(environment, options)
     tasks = plan(options)
