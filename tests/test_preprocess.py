@@ -460,6 +460,15 @@ def test_a_kind_of_source_is_a_line_in_the_table(source, config, monkeypatch, ca
         main(config(output_dir=config().output_dir + "2"))
 
 
+def test_episodes_of_unknown_length_are_read_to_their_end(source, config, monkeypatch):
+    monkeypatch.setitem(KINDS, "counts", Counts())
+    monkeypatch.setattr(Counts, "header", lambda self, path: Header(0, 4, 6, is_guess=True))
+    (source / "a.count").write_text("20")
+    (source / "short.count").write_text("3")
+    main(config())
+    assert sorted(by_id(config().output_dir)) == ["a.count/000000", "a.count/000008", "a.count/000016"]
+
+
 def test_the_recipe_for_a_kind_of_source_works(source, config, monkeypatch, capsys):
     recipe = (
         (Path(preprocess_dataset.__file__).parent / "docs" / "data.md").read_text().split("## Add a kind of source")[1]
