@@ -6,7 +6,6 @@ python -m benchmarks.generate
 import dataclasses
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.common import Output, show
+from sources.workers import num_cores
 from utils.cli import run
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ def play(steps: int) -> float:
 
 
 def main(cfg: Config) -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         floor = sum(pool.map(play, [600] * cores))
     with tempfile.TemporaryDirectory() as folder:

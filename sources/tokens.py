@@ -1,8 +1,9 @@
 """Makes a token dataset: the frozen encoders run once, instead of in every step of the dynamics model's training."""
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 from models.errors import InputError
 from models.genie import fingerprint, load_lam, load_tokenizer
+from models.lam import LAM
+from models.tokenizer import Tokenizer
 from utils.data import ClipSource
 from utils.records import SPLITS, Clip, Shard, TokenInfo, read_metadata, write_metadata, write_shard
 
@@ -19,7 +22,7 @@ SHARD_CLIPS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class TokenOptions:
     """Writes what a tokenizer and a LAM make of a dataset's frames; train_dynamics.py takes it as its --data_dir."""
 
     tokenizer_checkpoint: str = "runs/tokenizer"
@@ -40,7 +43,7 @@ class Config:
     def __post_init__(self):
         for name, least in (("seq_len", 2), ("stride", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}")
+                raise InputError(f"`{name}` {getattr(self, name)}: must be at least {least}")
 
 
 def windows(source: ClipSource, stride: int) -> Iterator[Clip]:
@@ -60,75 +63,84 @@ def windows(source: ClipSource, stride: int) -> Iterator[Clip]:
                 )
 
 
-def main(cfg: Config) -> None:
-    metadata, folder = read_metadata(cfg.data_dir), Path(cfg.output_dir)
+def write_tokens(options: TokenOptions) -> None:
+    """Writes the token dataset.
+
+    Raises:
+      InputError: The models do not fit the frames or the format, or the dataset exists.
+    """
+    metadata, folder = read_metadata(options.data_dir), Path(options.output_dir)
     if (folder / "metadata.json").exists():
-        raise InputError(f"--output_dir {folder}: holds a dataset already; choose another folder, or delete it")
-    tokenizer = load_tokenizer(cfg.tokenizer_checkpoint)
-    lam = load_lam(cfg.lam_checkpoint) if cfg.lam_checkpoint else None
-    for name, model in (("tokenizer", tokenizer), ("lam", lam)):
-        if model and model.cfg.frame_shape != metadata.frame_shape:
-            raise InputError(
-                f"--{name}_checkpoint: made for frames of {model.cfg.frame_shape}, but {cfg.data_dir} has "
-                f"{metadata.frame_shape}"
-            )
-
-    for flag, codes, most in (
-        ("tokenizer", tokenizer.cfg.num_codes, 2**16),
-        ("lam", lam.cfg.num_codes if lam else 0, 2**8),
-    ):
-        if codes > most:
-            raise InputError(f"--{flag}_checkpoint: {codes} codes; a token dataset holds at most {most}")
-
-    @jax.jit
-    def encode(frames_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        frames = frames_BTHWC.astype(jnp.float32) / 255
-        return tokenizer.encode(frames), lam.infer(frames) if lam else None
-
-    def encoded(clips: list[Clip]) -> list[Clip]:
-        # The last batch is filled up, so that nothing compiles twice.
-        frames = np.stack([clip.frames_THWC for clip in clips + clips[-1:] * (cfg.batch_size - len(clips))])  # type: ignore[misc]
-        tokens_BTN, actions_BTm1 = jax.tree.map(np.asarray, encode(frames))
-        made = []
-        for i, clip in enumerate(clips):
-            latent = None if actions_BTm1 is None else np.append(actions_BTm1[i], 0).astype(np.uint8)
-            made.append(
-                dataclasses.replace(
-                    clip, frames_THWC=None, tokens_TN=tokens_BTN[i].astype(np.uint16), latent_actions_T=latent
-                )
-            )
-        return made
+        raise InputError(f"`output_dir` {folder}: holds a dataset already; choose another folder, or delete it")
+    tokenizer = load_tokenizer(options.tokenizer_checkpoint)
+    lam = load_lam(options.lam_checkpoint) if options.lam_checkpoint else None
+    _check("tokenizer", tokenizer, 2**16, metadata.frame_shape, options.data_dir)
+    if lam:
+        _check("lam", lam, 2**8, metadata.frame_shape, options.data_dir)
+    encode = _encoder(tokenizer, lam, options.batch_size)
 
     splits: dict[str, tuple[Shard, ...]] = {}
     with tqdm(unit=" clips", disable=None) as progress:
         for split in SPLITS:
             if not metadata.splits.get(split):
                 continue
+            source = ClipSource(options.data_dir, split, options.seq_len)
+            remaining = windows(source, options.stride or options.seq_len)
             shards: list[Shard] = []
             done: list[Clip] = []
-            waiting: list[Clip] = []
-            for clip in windows(ClipSource(cfg.data_dir, split, cfg.seq_len), cfg.stride or cfg.seq_len):
-                waiting.append(clip)
-                if len(waiting) == cfg.batch_size:
-                    done += encoded(waiting)
-                    progress.update(len(waiting))
-                    waiting = []
+            while clips := list(itertools.islice(remaining, options.batch_size)):
+                done += encode(clips)
+                progress.update(len(clips))
                 if len(done) >= SHARD_CLIPS:
                     shards.append(write_shard(folder, f"{split}/{len(shards):05d}.array_record", done))
                     done = []
-            if waiting:
-                done += encoded(waiting)
-                progress.update(len(waiting))
             if done:
                 shards.append(write_shard(folder, f"{split}/{len(shards):05d}.array_record", done))
             splits[split] = tuple(shards)
     info = TokenInfo(
         tokenizer=fingerprint(tokenizer),
         lam=fingerprint(lam) if lam else None,
-        window=cfg.seq_len,
-        frames=os.path.abspath(cfg.data_dir),
+        window=options.seq_len,
+        frames=os.path.abspath(options.data_dir),
     )
-    write_metadata(folder, dataclasses.replace(metadata, splits=splits, made_by=dataclasses.asdict(cfg), tokens=info))
+    made_by = dataclasses.asdict(options)
+    write_metadata(folder, dataclasses.replace(metadata, splits=splits, made_by=made_by, tokens=info))
     size = sum((folder / shard.file).stat().st_size for shards in splits.values() for shard in shards)
     count = sum(shard.count() for shards in splits.values() for shard in shards)
-    print(f"{count:,} clips of {cfg.seq_len} frames as tokens, {size / 1e6:,.1f} MB: {folder}")
+    print(f"{count:,} clips of {options.seq_len} frames as tokens, {size / 1e6:,.1f} MB: {folder}")
+
+
+def _check(name: str, model: Tokenizer | LAM, most: int, frame_shape: tuple, data_dir: str) -> None:
+    """Refuses a model that is for other frames, or has more codes than the format has room for."""
+    if model.cfg.frame_shape != frame_shape:
+        raise InputError(
+            f"`{name}_checkpoint`: made for frames of {model.cfg.frame_shape}, but {data_dir} has {frame_shape}"
+        )
+    if model.cfg.num_codes > most:
+        raise InputError(f"`{name}_checkpoint`: {model.cfg.num_codes} codes; a token dataset holds at most {most}")
+
+
+def _encoder(tokenizer: Tokenizer, lam: LAM | None, batch_size: int) -> Callable[[Sequence[Clip]], list[Clip]]:
+    """A function from at most `batch_size` clips of frames to clips of tokens."""
+
+    @jax.jit
+    def encode(frames_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        frames = frames_BTHWC.astype(jnp.float32) / 255
+        return tokenizer.encode(frames), lam.infer(frames) if lam else None
+
+    def encoded(clips: Sequence[Clip]) -> list[Clip]:
+        # The last batch is filled up, so that nothing compiles twice.
+        filled = [*clips, *[clips[-1]] * (batch_size - len(clips))]
+        frames_BTHWC = np.stack([clip.frames_THWC for clip in filled])  # type: ignore[misc]
+        tokens_BTN, actions_BTm1 = jax.tree.map(np.asarray, encode(frames_BTHWC))
+        return [
+            dataclasses.replace(
+                clip,
+                frames_THWC=None,
+                tokens_TN=tokens_BTN[i].astype(np.uint16),
+                latent_actions_T=None if lam is None else np.append(actions_BTm1[i], 0).astype(np.uint8),
+            )
+            for i, clip in enumerate(clips)
+        ]
+
+    return encoded

@@ -4,7 +4,7 @@ PyAV is imported where it is used: importing this module does not need it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -13,10 +13,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.errors import InputError
+from sources.kind import Episode, Header, Kind, files_ending
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
 
 _LONGEST_HOLD_S = 10  # a frame on screen for longer than this is a jump in the timestamps
+
+
+class Video(Kind):
+    """A file that PyAV can decode."""
+
+    name = "video"
+    plural = "videos"
+
+    def detect(self, folder: Path, names: Sequence[str]) -> list[Path]:
+        return files_ending(VIDEO_SUFFIXES, folder, names)
+
+    def header(self, path: Path) -> Header:
+        return Header(*read_video_info(path), is_guess=True)
+
+    def open(self, path: Path, fps: Fraction) -> Episode:
+        return Episode(iterate_video(path, fps))
 
 
 class VideoInfo(NamedTuple):

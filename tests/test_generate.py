@@ -5,7 +5,6 @@ import dataclasses
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -18,9 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import generate_dataset
-from generate_dataset import ACTION_NAMES, FIRST_LEVEL, Config, Task, choose_actions, main, make_clips, plan
+from generate_dataset import Config, main
 from models.errors import InputError
+from sources import recording
+from sources.environment import Environment, Recording, RecordingOptions
+from sources.procgen import ACTION_NAMES, FIRST_LEVEL, CoinRun, choose_actions
+from sources.recording import Task, plan, record
 from utils.cli import run
 from utils.data import ClipSource
 from utils.records import SPLITS, Clip, read_metadata
@@ -31,6 +33,10 @@ with contextlib.redirect_stderr(io.StringIO()):
 ROOT = Path(__file__).parents[1]
 RIGHT = [i for i, name in enumerate(ACTION_NAMES) if name.startswith("RIGHT")]
 SMALL = Config(num_episodes=10, seed=3, policy="sticky")  # 10 shards of one episode: 8 for training, val, test
+
+
+def make_clips(config: Config, task: Task) -> list[Clip]:
+    return recording.make_clips(CoinRun(), config, task)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -178,6 +184,38 @@ def test_dataset_holds_what_its_metadata_says(dataset):
     assert len(set(ids)) == len(ids) > 300
 
 
+def test_facts_about_actions_are_true_of_the_game(dataset):
+    metadata = read_metadata(dataset)
+
+    def seen(name: str) -> bytes:
+        """All that is shown in six levels where the agent does `name` on the ground and in the air."""
+        actions = ["RIGHT"] * 8 + [name] * 20 + ["RIGHT+UP"] * 4 + [name] * 10 + ["RIGHT"] * 8
+        frames = []
+        for level in range(6):
+            env = ProcgenGym3Env(num=1, env_name="coinrun", start_level=level, num_levels=1, rand_seed=9, num_threads=0)
+            for action in actions:
+                env.act(np.array([ACTION_NAMES.index(action)], np.int32))
+                frames.append(env.observe()[1]["rgb"])
+        return np.stack(frames).tobytes()
+
+    pictures = {name: seen(name) for name in ACTION_NAMES}
+    same = {name: metadata.same_actions.get(name, name) for name in ACTION_NAMES}
+    for a, b in itertools.combinations(ACTION_NAMES, 2):
+        assert (pictures[a] == pictures[b]) == (same[a] == same[b]), f"{a} and {b}"
+    assert metadata.idle_action == "NONE"
+
+
+def test_datasets_without_facts_about_actions_get_those_of_coinrun(dataset, tmp_path):
+    fields = json.loads((dataset / "metadata.json").read_text())
+    old = {name: value for name, value in fields.items() if name not in ("same_actions", "idle_action")}
+    (tmp_path / "metadata.json").write_text(json.dumps(old))
+    assert read_metadata(tmp_path) == read_metadata(dataset)
+    (tmp_path / "metadata.json").write_text(json.dumps(old | {"environment": "another"}))
+    assert (read_metadata(tmp_path).same_actions, read_metadata(tmp_path).idle_action) == ({}, None)
+    (tmp_path / "metadata.json").write_text(json.dumps(fields | {"same_actions": {"UP": "NONE"}, "idle_action": "Q"}))
+    assert (read_metadata(tmp_path).same_actions, read_metadata(tmp_path).idle_action) == ({"UP": "NONE"}, "Q")
+
+
 def test_number_of_workers_changes_no_byte(dataset, tmp_path):
     main(dataclasses.replace(SMALL, output_dir=str(tmp_path / "coinrun"), num_workers=1))
     assert files_of(tmp_path / "coinrun") == files_of(dataset)
@@ -234,13 +272,6 @@ def test_interrupted_runs_leave_no_dataset_and_the_same_command_completes_it(dat
     assert files_of(folder) == files_of(dataset)
 
 
-def test_workers_leave_ctrl_c_to_their_parent():
-    with generate_dataset._running(time.sleep, [(1,)], num_workers=1) as futures:
-        (worker,) = multiprocessing.active_children()
-        os.kill(worker.pid, signal.SIGINT)
-        assert futures[0].result() is None
-
-
 def test_full_disk_is_one_error_and_leaves_no_file_under_its_name(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # workers inherit it
@@ -250,6 +281,80 @@ def test_full_disk_is_one_error_and_leaves_no_file_under_its_name(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(files_of(tmp_path)) == ["coinrun/unfinished/made_by.json"]
+
+
+# Other environments
+
+
+class Counting(Environment):
+    """Frames, actions and rewards tell the time step; every 300 steps a level begins."""
+
+    name = "counting"
+    frame_shape = (8, 12, 3)
+    fps = 4
+    action_names = ("A", "B")
+    idle_action = "B"
+
+    def play(self, options: RecordingOptions, split: str, num_envs: int, rng: np.random.Generator) -> Recording:
+        t = np.broadcast_to(np.arange(1000), (num_envs, 1000))
+        frames = np.broadcast_to((t % 256).astype(np.uint8)[..., None, None, None], (num_envs, 1000, *self.frame_shape))
+        return Recording(frames, (t % 2).astype(np.int32), t.astype(np.float32), t % 300 == 0)
+
+
+def test_any_environment_can_be_recorded(tmp_path):
+    record(Counting(), RecordingOptions(num_episodes=5), tmp_path / "new", num_workers=1)
+    metadata = read_metadata(tmp_path / "new")
+    assert (metadata.environment, metadata.frame_shape, metadata.fps) == ("counting", (8, 12, 3), 4)
+    assert (metadata.action_names, metadata.same_actions, metadata.idle_action) == (("A", "B"), {}, "B")
+    clips = ClipSource(tmp_path / "new", "train", seq_len=1)
+    assert len(clips) == 3 * (3 * 9 + 3)  # rests of 12 and 4 frames are too short
+    for clip in clips.clips(range(len(clips))):
+        t = place_of(clip)[1] + np.arange(32)
+        assert t[0] // 300 == t[-1] // 300
+        assert clip.level_seed is None
+        np.testing.assert_array_equal(clip.frames_THWC[:, 3, 4, 1], t % 256)
+        np.testing.assert_array_equal(clip.actions_T, t % 2)
+        np.testing.assert_array_equal(clip.rewards_T, t)
+
+
+def test_the_recipe_for_an_environment_works(tmp_path):
+    recipe = (ROOT / "docs" / "data.md").read_text().split("## Add an environment")[1]
+    code: dict = {"__name__": "grid"}
+    exec(recipe.split("```python")[1].split("```")[0], code)
+    record(code["Grid"](), RecordingOptions(num_episodes=3, num_levels=50), tmp_path / "grid", num_workers=0)
+    metadata = read_metadata(tmp_path / "grid")
+    assert (metadata.same_actions, metadata.idle_action) == ({"WAIT": "STAY"}, "STAY")
+    levels, dots = {}, 0
+    for split in SPLITS:
+        clips = ClipSource(tmp_path / "grid", split, seq_len=1)
+        levels[split] = {clip.level_seed for clip in clips.clips(range(len(clips)))}
+        for clip in clips.clips(range(len(clips))):
+            cells_T = (clip.frames_THWC[:, ::4, ::4, 2] == 250).reshape(len(clip), -1).argmax(axis=1)
+            agents_T2 = np.stack([cells_T // 8, cells_T % 8], axis=1)
+            moved = np.clip(agents_T2 + code["MOVES"][clip.actions_T], 0, 7)
+            np.testing.assert_array_equal(moved[:-1], agents_T2[1:])
+            assert not clip.rewards_T[:-1].any()
+            dots += int(clip.rewards_T[-1])
+    assert dots > 3
+    assert not levels["train"] & levels["val"]
+    assert not levels["train"] & levels["test"]
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("frames_BTHWC", lambda frames: frames[:, :, :-1], r"frames_BTHWC has shape \(1, 1000, 7, 12, 3\); expected"),
+        ("actions_BT", lambda actions: actions + 1, "actions beyond the 2 that have names"),
+        ("first_BT", lambda first: first & False, "true at t = 0"),
+    ],
+)
+def test_an_environment_that_breaks_its_promise_is_named(monkeypatch, field, change, message):
+    play = Counting.play
+    monkeypatch.setattr(
+        Counting, "play", lambda *args: (lambda r: r._replace(**{field: change(getattr(r, field))}))(play(*args))
+    )
+    with pytest.raises(ValueError, match=f"counting: .*{message}"):
+        recording.make_clips(Counting(), RecordingOptions(), Task("train", 0, 1))
 
 
 # Refusals
@@ -275,6 +380,18 @@ def test_does_not_continue_another_configuration(dataset, tmp_path):
     assert list(files_of(tmp_path)) == ["unfinished/made_by.json"]
 
 
+def test_continues_notes_that_name_no_environment_and_no_other_one(dataset, tmp_path):
+    made_by = json.loads((dataset / "metadata.json").read_text())["made_by"] | {"format_version": 1}
+    note = tmp_path / "unfinished" / "made_by.json"
+    note.parent.mkdir()
+    note.write_text(json.dumps(made_by | {"environment": "another"}))
+    with pytest.raises(InputError, match="unfinished dataset with environment another, not coinrun;"):
+        main(dataclasses.replace(SMALL, output_dir=str(tmp_path)))
+    note.write_text(json.dumps(made_by))
+    main(dataclasses.replace(SMALL, output_dir=str(tmp_path)))
+    assert files_of(tmp_path) == files_of(dataset)
+
+
 @pytest.mark.parametrize(
     ("flags", "status"),
     [
@@ -288,6 +405,7 @@ def test_does_not_continue_another_configuration(dataset, tmp_path):
         ("--val_fraction 0.3", 1),
         ("--test_fraction nan", 1),
         ("--policy clever", 2),
+        ("--env chess", 2),
         ("--num_episodes many", 2),
     ],
 )
@@ -309,5 +427,5 @@ def test_bad_flags_are_refused_by_name_and_value(flags, status, tmp_path, monkey
 def test_missing_procgen_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "procgen", None)
     with pytest.raises(InputError, match=r"procgen-mirror.*pip install --no-deps -r requirements\.txt"):
-        generate_dataset.main(Config(output_dir=str(tmp_path / "new")))
+        main(Config(output_dir=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()

@@ -14,6 +14,10 @@ from PIL import Image
 import preprocess_dataset
 from models.errors import InputError
 from preprocess_dataset import Config, main
+from sources import convert
+from sources.clips import Source
+from sources.kind import Episode, Header, Kind, files_ending
+from sources.registry import KINDS
 from utils import video
 from utils.data import ClipSource, batches
 from utils.records import SPLITS, read_metadata
@@ -134,7 +138,7 @@ def test_actions_that_some_files_lack_are_left_out(source, config, capsys):
     assert "b.npz: has no actions" in capsys.readouterr().err
     assert read_metadata(config().output_dir).action_names is None
     assert all(clip.actions_T is None for clip in by_id(config().output_dir).values())
-    with pytest.raises(InputError, match=r"b\.npz: has no actions.*--strict"):
+    with pytest.raises(InputError, match=r"b\.npz: has no actions.*`strict`"):
         main(config(output_dir=config().output_dir + "2", strict=True))
 
 
@@ -240,9 +244,9 @@ def test_splits_of_few_files(source, config, capsys, num_files, expected, said):
 
 
 def test_any_fractions_leave_files_for_training():
-    sources = [preprocess_dataset.Source(str(i), Path(str(i)), "npy") for i in range(3)]
+    sources = [Source(str(i), Path(str(i)), KINDS["npy"]) for i in range(3)]
     for fractions in ((0.9, 0.05), (0.05, 0.9), (0.45, 0.45), (0, 0.99), (0, 0)):
-        splits = preprocess_dataset.split_sources(sources, fractions[0], fractions[1], seed=0)
+        splits = convert.split_sources(sources, fractions[0], fractions[1], seed=0)
         counts = [len(splits[split]) for split in SPLITS]
         assert sum(counts) == 3
         assert counts[0] >= 1
@@ -342,7 +346,7 @@ def test_strict_stops_at_the_first_bad_file(source, config, tmp_path, name):
         if path.name != name:
             path.unlink()
     np.save(source / "a.npy", episode(1, 8))
-    with pytest.raises(InputError, match=rf"{name}.*--strict"):
+    with pytest.raises(InputError, match=rf"{name}.*`strict`"):
         main(config(strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -363,7 +367,7 @@ def test_bad_videos_and_images_are_skipped(source, config, capsys):
 
 def test_a_file_that_fails_late_leaves_no_clips(source, config, monkeypatch):
     """Also when some of its clips had already been written."""
-    monkeypatch.setattr(preprocess_dataset, "SHARD_BYTES", 2 * 8 * 16 * 16 * 3)
+    monkeypatch.setattr(convert, "SHARD_BYTES", 2 * 8 * 16 * 16 * 3)
     frames = (episode(1, 60) / 255).astype(np.float32)
     frames[50] = 7
     np.save(source / "a.npy", episode(0, 24))
@@ -380,7 +384,7 @@ def test_a_file_that_fails_late_leaves_no_clips(source, config, monkeypatch):
 
 
 def test_same_bytes_for_any_number_of_workers(source, config, monkeypatch):
-    monkeypatch.setattr(preprocess_dataset, "TASK_BYTES", 1)  # one file a task, so that workers have something to share
+    monkeypatch.setattr(convert, "TASK_BYTES", 1)  # one file a task, so that workers have something to share
     for number in range(6):
         np.save(source / f"{number}.npy", episode(number, 20))
     np.save(source / "bad.npy", (episode(0, 20) * 1.5).astype(np.float32))
@@ -394,7 +398,7 @@ def test_same_bytes_for_any_number_of_workers(source, config, monkeypatch):
 @pytest.mark.parametrize("make", [lambda source: source.rmdir(), lambda source: (source / "notes.txt").touch()])
 def test_nothing_to_read_says_what_to_do(source, config, make):
     make(source)
-    with pytest.raises(InputError, match=r"--input_dir .*generate_dataset\.py") as caught:
+    with pytest.raises(InputError, match=r"`input_dir` .*generate_dataset\.py") as caught:
         main(config())
     assert "\n" not in str(caught.value)
 
@@ -412,10 +416,77 @@ def test_only_bad_files(source, config, tmp_path):
 def test_several_kinds_need_a_choice(source, config):
     np.save(source / "a.npy", episode(0, 8))
     video.write_png(source / "plot.png", episode(1, 1)[0])
-    with pytest.raises(InputError, match=r"1 npy, 1 images.*--source"):
+    with pytest.raises(InputError, match=r"1 npy, 1 images.*`source`"):
         main(config())
     main(config(source="npy"))
     assert list(by_id(config().output_dir)) == ["a.npy/000000"]
+
+
+class Counts(Kind):
+    """Text files that hold a number of frames; frames and actions tell the time."""
+
+    name = "counts"
+    plural = "counts"
+
+    def detect(self, folder, names):
+        return files_ending([".count"], folder, names)
+
+    def header(self, path):
+        return Header(int(path.read_text()), 4, 6, has_actions=True)
+
+    def open(self, path, fps):
+        count = int(path.read_text())
+        return Episode((np.full((4, 6, 3), t, np.uint8) for t in range(count)), np.arange(count, dtype=np.int32) % 3)
+
+
+def test_a_kind_of_source_is_a_line_in_the_table(source, config, monkeypatch, capsys):
+    monkeypatch.setitem(KINDS, "counts", Counts())
+    for number in range(3):
+        (source / f"{number}.count").write_text("20")
+    (source / "short.count").write_text("3")
+    main(config())
+    clips = by_id(config().output_dir)
+    assert sorted(clips) == [f"{number}.count/{start:06d}" for number in range(3) for start in (0, 8, 16)]
+    for clip_id, clip in clips.items():
+        times = int(clip_id[-6:]) + np.arange(len(clip))
+        np.testing.assert_array_equal(clip.frames_THWC[:, 2, 3, 1], times)
+        np.testing.assert_array_equal(clip.actions_T, times % 3)
+    assert read_metadata(config().output_dir).action_names == ("0", "1", "2")
+    captured = capsys.readouterr()
+    assert "4 counts" in captured.out
+    assert "short.count: has 3 frames, fewer than --min_clip_length 4" in captured.err
+    np.save(source / "a.npy", episode(0, 8))
+    with pytest.raises(InputError, match=r"1 npy, 4 counts.*`source`"):
+        main(config(output_dir=config().output_dir + "2"))
+
+
+def test_episodes_of_unknown_length_are_read_to_their_end(source, config, monkeypatch):
+    monkeypatch.setitem(KINDS, "counts", Counts())
+    monkeypatch.setattr(Counts, "header", lambda self, path: Header(0, 4, 6, is_guess=True))
+    (source / "a.count").write_text("20")
+    (source / "short.count").write_text("3")
+    main(config())
+    assert sorted(by_id(config().output_dir)) == ["a.count/000000", "a.count/000008", "a.count/000016"]
+
+
+def test_the_recipe_for_a_kind_of_source_works(source, config, monkeypatch, capsys):
+    recipe = (
+        (Path(preprocess_dataset.__file__).parent / "docs" / "data.md").read_text().split("## Add a kind of source")[1]
+    )
+    code = {"__name__": "tiff"}
+    exec(recipe.split("```python")[1].split("```")[0], code)
+    monkeypatch.setitem(KINDS, "tiff", code["Tiff"]())
+    for number in range(3):
+        first, *others = (Image.fromarray(frame) for frame in episode(number, 20))
+        first.save(source / f"{number}.tif", save_all=True, append_images=others)
+    (source / "bad.tif").write_bytes(b"no picture")
+    main(config())
+    clips = by_id(config().output_dir)
+    assert len(clips) == 3 * 3
+    for clip_id, clip in clips.items():
+        start = int(clip_id[-6:])
+        np.testing.assert_array_equal(clip.frames_THWC, episode(int(clip_id[0]), 20)[start : start + 8])
+    assert "bad.tif: cannot be read as a TIFF file" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(source, config):
@@ -440,7 +511,7 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(source, config, m
     partial.mkdir()
     (partial / "metadata.json").write_text("from a killed run")
     with monkeypatch.context() as patch:
-        patch.setattr(preprocess_dataset, "write_metadata", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(convert, "write_metadata", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             main(config())
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -468,13 +539,14 @@ def test_training_can_read_the_dataset(source, config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"source": "vhs"}, "`source` vhs: must be auto or one of npy, video, images"),
         ({"height": 64}, "give both"),
-        ({"height": 0, "width": 64}, "--height 0"),
-        ({"fps": -1.0}, "--fps"),
-        ({"fps": float("nan")}, "--fps"),
-        ({"min_clip_length": 9}, "--min_clip_length 9"),
+        ({"height": 0, "width": 64}, "`height` 0"),
+        ({"fps": -1.0}, "`fps`"),
+        ({"fps": float("nan")}, "`fps`"),
+        ({"min_clip_length": 9}, "`min_clip_length` 9"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "training"),
-        ({"num_workers": -1}, "--num_workers"),
+        ({"num_workers": -1}, "`num_workers`"),
     ],
 )
 def test_flags_that_cannot_work(source, config, changes, message):

@@ -27,6 +27,10 @@ from models.errors import InputError
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 
+# Here, not with the game, for the sake of datasets of CoinRun from before metadata.json held these.
+COINRUN_SAME_ACTIONS = {"LEFT+DOWN": "LEFT", "DOWN": "NONE", "RIGHT+DOWN": "RIGHT"} | dict.fromkeys("DAWSQE", "NONE")
+COINRUN_IDLE_ACTION = "NONE"
+
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
@@ -153,6 +157,8 @@ class Metadata:
     splits: Shards of "train", "val" and "test".
     made_by: Command, arguments, seeds and versions that made the dataset.
     tokens: Of a token dataset; None where there are frames.
+    same_actions: Names of actions that always do what another one does, each with the other one's name.
+    idle_action: Name of the action that does nothing, or None.
     """
 
     environment: str
@@ -162,6 +168,8 @@ class Metadata:
     splits: dict[str, tuple[Shard, ...]]
     made_by: dict[str, Any]
     tokens: TokenInfo | None = None
+    same_actions: dict[str, str] = dataclasses.field(default_factory=dict)
+    idle_action: str | None = None
 
     @property
     def num_actions(self) -> int:
@@ -202,6 +210,8 @@ def read_metadata(folder: str | Path) -> Metadata:
         if version != FORMAT_VERSION:
             raise InputError(f"{path}: format version {version}, expected {FORMAT_VERSION}; generate the data again")
         names, tokens = fields["action_names"], fields.get("tokens")
+        if fields["environment"] == "coinrun":
+            fields = {"same_actions": COINRUN_SAME_ACTIONS, "idle_action": COINRUN_IDLE_ACTION} | fields
         return Metadata(
             environment=fields["environment"],
             frame_shape=tuple(fields["frame_shape"]),
@@ -210,6 +220,8 @@ def read_metadata(folder: str | Path) -> Metadata:
             splits={s: tuple(Shard(f["file"], f["lengths"]) for f in files) for s, files in fields["splits"].items()},
             made_by=fields["made_by"],
             tokens=TokenInfo(**tokens) if tokens else None,
+            same_actions=dict(fields.get("same_actions", {})),
+            idle_action=fields.get("idle_action"),
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged metadata ({error!r}); generate the data again") from error
