@@ -111,7 +111,8 @@ def load_game(cfg: Config) -> Game:
     for engine in engines:
         engine.warm_up(sampling)
     fps = cfg.fps or (metadata.fps if metadata else 10.0)
-    return Game(names, engines, actions, sampling, source, message, fps, cfg.seed, cfg.max_players)
+    idle = metadata.idle_action if metadata else None
+    return Game(names, engines, actions, sampling, source, message, fps, cfg.seed, cfg.max_players, idle)
 
 
 def open_dataset(cfg: Config, folder: str) -> tuple[ClipSource | None, str]:

@@ -1,11 +1,13 @@
 """The project's own exceptions. Scripts print them in one line, without a traceback, and exit with status 1."""
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """A value, file or checkpoint given by the user cannot work: the fault is in what was given, not in the code.
 
     The message is one line that names the offending value, what was expected and what to do. Fields and parameters
     stand in backticks (`width`): where a command line set them, `utils.cli` writes the flag in their place.
+
+    No ValueError: a parser of command lines would take that for a fault in how a value is written, and dress it up.
 
     Args:
       of: The class of the configuration whose field is meant, where it is part of a larger one (`TokenizerConfig`).

@@ -39,7 +39,12 @@ def read_actions(checkpoint: str, num_actions: int, names: tuple[str, ...] | Non
     return [Action()] * num_actions
 
 
-def idle_action(actions: list[Action]) -> int:
-    """The action to take while no key is held: the one that does nothing, by its label, else the most frequent."""
-    still = [action.name.upper() in ("NONE", "NOOP", "NO-OP", "STAY") for action in actions]
+def idle_action(actions: list[Action], idle: str | None = None) -> int:
+    """The action to take while no key is held: the one that does nothing, by its label, else the most frequent.
+
+    Args:
+      idle: What doing nothing is called in the dataset; None goes by what it is usually called.
+    """
+    names = ("NONE", "NOOP", "NO-OP", "STAY") if idle is None else (idle.upper(),)
+    still = [action.name.upper() in names for action in actions]
     return max(range(len(actions)), key=lambda i: (still[i], actions[i].count))

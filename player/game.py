@@ -5,12 +5,10 @@ import dataclasses
 import json
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from aiohttp import ClientError, WSCloseCode, WSMsgType, web
@@ -19,8 +17,8 @@ from models.errors import InputError
 from models.sampling import SamplingConfig
 from player.actions import Action, idle_action
 from player.engine import Engine, Request, decode_picture, fit_picture
+from player.recording import Moment, encode_recording
 from utils.data import ClipSource
-from utils.video import label, upscale, write_video
 
 NUM_PROMPTS = 12
 MAX_TEXT = 2_000  # characters in a message
@@ -32,8 +30,8 @@ IDLE_TIMEOUT_S = 15 * 60  # after which a player who asks for nothing makes room
 CLOSED = (ConnectionError, ClientError)
 
 
-def matching_actions(ours: list[Action], theirs: list[Action]) -> list[int]:
-    """For each of our actions the one of another world that does the same.
+def matching_actions(ours: list[Action], theirs: list[Action], idle: str | None = None) -> list[int]:
+    """For each of our actions the one of another world that does the same; `idle` is what doing nothing is called.
 
     Codes of two latent action models have nothing to do with each other, so names decide where both know them: the
     same index if it has the name, else the most frequent of that name. Else the index decides.
@@ -44,7 +42,7 @@ def matching_actions(ours: list[Action], theirs: list[Action]) -> list[int]:
         if i in same or (not same and i < len(theirs)):
             found.append(i)
         else:
-            found.append(max(same, key=lambda j: theirs[j].count) if same else idle_action(theirs))
+            found.append(max(same, key=lambda j: theirs[j].count) if same else idle_action(theirs, idle))
     return found
 
 
@@ -56,6 +54,7 @@ class Game:
     sampling: What the page starts with; `steps` and `temperature` are then each player's own.
     source: Clips to take the first frames from, or None; `message` then says what to do.
     fps: Frames per second that the page aims at.
+    idle: Name of the action that does nothing, by the dataset's word; None if it has none.
     """
 
     names: tuple[str, ...]
@@ -67,10 +66,11 @@ class Game:
     fps: float = 10.0
     seed: int = 0
     max_players: int = 4
+    idle: str | None = None
 
     def __post_init__(self):
         self.shapes = [engine.cfg.tokenizer.frame_shape for engine in self.engines]
-        self.matching = [matching_actions(self.actions[0], actions) for actions in self.actions]
+        self.matching = [matching_actions(self.actions[0], actions, self.idle) for actions in self.actions]
         self.max_recording = min(MAX_RECORDING[0], MAX_RECORDING[1] // sum(math.prod(shape) for shape in self.shapes))
         self.encoder = ThreadPoolExecutor(1, "encoder")
         self.players: set[Player] = set()
@@ -104,14 +104,6 @@ class Game:
         finally:
             self.players.discard(player)
         return socket
-
-
-class Moment(NamedTuple):
-    """A recorded frame: when it was drawn (s), the picture of each world, and what led to it in each."""
-
-    time: float
-    frames: list[np.ndarray]
-    labels: list[str]
 
 
 class Player:
@@ -173,7 +165,7 @@ class Player:
                 kind, fields = "upload", message.data
             else:
                 kind, fields = self.parse(message.data)
-        except (ValueError, RecursionError) as error:
+        except (InputError, ValueError, RecursionError) as error:
             reason = str(error) if isinstance(error, InputError) else "not a JSON object"
             await self.send({"type": "error", "message": f"Message not understood: {reason}."})
             return
@@ -186,7 +178,7 @@ class Player:
         """Type and checked fields of a message.
 
         Raises:
-          ValueError: It is malformed; an InputError says how.
+          InputError, ValueError: It is malformed; the former says how.
         """
         if len(text) > MAX_TEXT:
             raise InputError(f"longer than {MAX_TEXT} characters")
@@ -262,7 +254,7 @@ class Player:
         header = {
             "type": "hello",
             "worlds": worlds,
-            "idle": idle_action(game.actions[0]),
+            "idle": idle_action(game.actions[0], game.idle),
             "steps": game.sampling.steps,
             "temperature": game.sampling.temperature,
             "seed": game.seed,
@@ -342,22 +334,3 @@ class Player:
         loop, recording = asyncio.get_running_loop(), list(self.recording)
         data = await loop.run_in_executor(self.game.encoder, encode_recording, recording, message["format"])
         await self.send({"type": "file", "format": message["format"]}, data)
-
-
-def encode_recording(recording: list[Moment], suffix: str) -> bytes:
-    """A video file of times, frames of each world and their labels, at the rate at which it was played."""
-    video = []
-    for _, frames, labels in recording:
-        views = [
-            label(upscale(f, max(1, 192 // min(f.shape[:2]))), name) for f, name in zip(frames, labels, strict=True)
-        ]
-        height = max(len(view) for view in views)
-        views = [np.pad(view, ((0, height - len(view)), (0, 0), (0, 0))) for view in views]
-        video.append(np.concatenate(views, axis=1))
-    # The median: a pause counts as one frame.
-    gaps = np.diff([moment.time for moment in recording])
-    fps = float(np.clip(1 / np.median(gaps), 1, 50)) if len(gaps) else 10.0
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"recording.{suffix}"
-        write_video(file, np.stack(video), fps)
-        return file.read_bytes()

@@ -466,6 +466,7 @@ def test_labels_say_what_actions_do(tmp_path, capsys):
     actions = read_actions(str(tmp_path), 2, None)
     assert actions == [Action("RIGHT", 0.5, 9), Action("NONE", 0.9, 3)]
     assert idle_action(actions) == 1
+    assert idle_action(actions, "right") == 0
     assert idle_action([Action("UP", 0.2, 4), Action("RIGHT", 0.9, 7)]) == 1
     # A label file that does not fit is said to be so, and left aside.
     assert read_actions(str(tmp_path), 3, None) == [Action()] * 3
