@@ -60,8 +60,18 @@ class Config(TrainConfig):
 PRESETS = {
     "coinrun": Config(),
     "tiny": Config(
-        model=DynamicsConfig(width=128, num_heads=4, num_blocks=2, action_token="add"),
-        lam=LAMConfig(width=128, num_heads=4, num_blocks=1, patch_size=8, unquantized_steps=250),
+        model=DynamicsConfig(
+            width=128, num_heads=4, num_blocks=2, rotary_space=True, action_token="add", sees_picture=True
+        ),
+        lam=LAMConfig(
+            width=128,
+            num_heads=4,
+            num_blocks=1,
+            rotary_space=True,
+            patch_size=8,
+            unquantized_steps=250,
+            motion_reach=6,
+        ),
         batch_size=2,
         num_steps=1000,
         learning_rate=2e-3,
@@ -166,7 +176,12 @@ def world_config(cfg: Config, metadata: Metadata, source: ActionSource) -> World
                 f"{metadata.frame_shape}; use the dataset that it was trained on"
             )
     dynamics = dataclasses.replace(
-        cfg.model, num_codes=tokenizer.num_codes, num_patches=tokenizer.num_patches, num_actions=num_actions
+        cfg.model,
+        num_codes=tokenizer.num_codes,
+        num_patches=tokenizer.num_patches,
+        patch_size=tokenizer.patch_size,
+        frame_shape=tokenizer.frame_shape,
+        num_actions=num_actions,
     )
     return WorldConfig(tokenizer, source.lam, dynamics, window=cfg.seq_len)
 

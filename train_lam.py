@@ -33,7 +33,16 @@ class Config(TrainConfig):
 PRESETS = {
     "coinrun": Config(),
     "tiny": Config(
-        model=LAMConfig(width=128, num_heads=4, num_blocks=1, patch_size=8, codebook_decay=0.95, unquantized_steps=250),
+        model=LAMConfig(
+            width=128,
+            num_heads=4,
+            num_blocks=1,
+            rotary_space=True,
+            patch_size=8,
+            codebook_decay=0.95,
+            unquantized_steps=250,
+            motion_reach=6,
+        ),
         batch_size=8,
         seq_len=4,
         num_steps=700,

@@ -33,7 +33,14 @@ PRESETS = {
     # Short clips and one block each way: on a CPU many cheap steps teach more than few dear ones.
     "tiny": Config(
         model=TokenizerConfig(
-            width=128, num_heads=4, num_blocks=1, patch_size=8, codebook_decay=0.95, unquantized_steps=150
+            width=128,
+            num_heads=4,
+            num_blocks=1,
+            rotary_space=True,
+            patch_size=8,
+            codebook_decay=0.95,
+            unquantized_steps=150,
+            motion_reach=6,
         ),
         batch_size=8,
         seq_len=4,

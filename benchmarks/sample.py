@@ -46,9 +46,8 @@ def make_world(cfg: Config, compute: Compute) -> World:
     """A world of the preset's size."""
     tokenizer, lam = train_tokenizer.PRESETS[cfg.preset].model, train_lam.PRESETS[cfg.preset].model
     training = train_dynamics.PRESETS[cfg.preset]
-    dynamics = dataclasses.replace(
-        training.model, kind=cfg.kind, num_codes=tokenizer.num_codes, num_patches=tokenizer.num_patches
-    )
+    sizes = {name: getattr(tokenizer, name) for name in ("num_codes", "num_patches", "patch_size")}
+    dynamics = dataclasses.replace(training.model, kind=cfg.kind, **sizes)
     return World(WorldConfig(tokenizer, lam, dynamics, training.seq_len), compute, nnx.Rngs(0))
 
 

@@ -56,7 +56,11 @@ def setting(cfg: Config) -> tuple[TrainConfig, Callable[[], TrainState], Callabl
     trainable: Any = nnx.Param
     if cfg.model == "dynamics":
         tokenizer, lam = train_tokenizer.PRESETS[cfg.preset].model, train_lam.PRESETS[cfg.preset].model
-        codes = {"num_codes": tokenizer.num_codes, "num_patches": tokenizer.num_patches}
+        codes = {
+            "num_codes": tokenizer.num_codes,
+            "num_patches": tokenizer.num_patches,
+            "patch_size": tokenizer.patch_size,
+        }
         world_cfg = WorldConfig(tokenizer, lam, dataclasses.replace(train_cfg.model, **codes), train_cfg.seq_len)
         build: Any = lambda: World(world_cfg, cfg, nnx.Rngs(0))
         # The LAM stands for a loaded one: it infers and is not trained.

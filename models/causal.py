@@ -37,16 +37,26 @@ class Causal(TokenDynamics):
         del key
         return jnp.ones((num_clips, num_frames, cfg.num_patches), bool)
 
-    def next_token(self, token_B: jax.Array, action_B: jax.Array, previous_B: jax.Array, past: Past) -> Predicted:
+    def next_token(
+        self,
+        token_B: jax.Array,
+        action_B: jax.Array,
+        previous_B: jax.Array,
+        past: Past,
+        picture_BM: jax.Array | None = None,
+    ) -> Predicted:
         """Predicts the token at `past.place` of a frame after a past (T = N = 1).
 
         Args:
           token_B: The token before it in the frame; of no account at place 0.
           previous_B: The token that stood at this place a frame ago.
+          picture_BM: What this place takes in of the last picture, of a model that sees it.
           past: Of all earlier frames, and of the earlier places of this frame.
         """
         place = jnp.asarray(past.place)
         x_BM = self._places(token_B, action_B, previous_B, place == 0) + self.position_NM[place]
+        if picture_BM is not None:
+            x_BM += picture_BM
         return self._predict(x_BM[:, None, None], past._replace(time=past.time.row(place)), keep=True)
 
     def fill(
@@ -57,16 +67,17 @@ class Causal(TokenDynamics):
         def one_place(carry: tuple[jax.Array, KV], place: jax.Array) -> tuple[tuple[jax.Array, KV], tuple]:
             token_B, space = carry
             past = Past(state.dynamics, state.frame, space, place)
-            out = self.next_token(token_B, action_B, state.tokens_BN[:, place], past)
+            picture_BM = None if picture_BNM is None else picture_BNM[:, place]
+            out = self.next_token(token_B, action_B, state.tokens_BN[:, place], past, picture_BM)
             assert out.space
             log_p_BK = jax.nn.log_softmax(out.logits_BTNK[:, 0, 0])
             token_B = draw_codes(log_p_BK, jax.random.fold_in(key, place), sampling)
             return (token_B, space.write(out.space, place)), (token_B, out.time)
 
+        picture_BNM = self.embed_picture(state.picture_BHWC[:, None])[:, 0] if self.cfg.sees_picture else None
         # The cache along space begins anew in each frame.
-        blocks, B, N, Q, _, D = state.dynamics.v_BRQSD.shape
-        dtype = state.dynamics.v_BRQSD.dtype
-        space = KV(jnp.zeros((blocks, B, 1, Q, D, N), dtype), jnp.zeros((blocks, B, 1, Q, N, D), dtype))
+        N = self.cfg.num_patches
+        space = self.transformer.empty_cache(len(action_B), 1, N)
         _, (tokens_NB, time) = jax.lax.scan(one_place, (jnp.zeros_like(action_B), space), jnp.arange(N))
         # Stacked over places, the axes are (N, blocks, B, 1, ...).
         return tokens_NB.T, jax.tree.map(lambda x: jnp.moveaxis(x[:, :, :, 0], 0, 2), time)

@@ -16,7 +16,8 @@ from flax import nnx
 
 from models import flops, init
 from models.kernels import KV
-from models.nn import Compute, Past, STConfig, STTransformer
+from models.motion import frames_before
+from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, patchify
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
 
@@ -34,10 +35,19 @@ class DynamicsConfig(STConfig):
     mask_rates: Literal["frame", "clip"] = "frame"
     """In training of a MaskGIT, how much is hidden is drawn for each frame by itself, or for the clip as a whole (the
     paper's way)."""
+    sees_picture: bool = False
+    """Give the model the last picture beside the tokens: those of a moving decoder do not say what stands where."""
+    picture_noise: float = 0.1
+    """In training, those pictures get noise of up to this standard deviation, where white is 1: in sampling they are
+    the decoder's own."""
     num_codes: Annotated[int, tyro.conf.Suppress] = 1024
     """Codes of the tokenizer, set from its checkpoint."""
     num_patches: Annotated[int, tyro.conf.Suppress] = 256
     """Tokens per frame, set from the tokenizer's checkpoint."""
+    patch_size: Annotated[int, tyro.conf.Suppress] = 4
+    """Side of a token's patch in pixels, set from the tokenizer's checkpoint."""
+    frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
+    """(H, W, C), set from the dataset."""
     num_actions: Annotated[int, tyro.conf.Suppress] = 6
     """Actions, latent or true, set from the LAM's checkpoint or the dataset."""
 
@@ -107,12 +117,14 @@ class TokenState(NamedTuple):
 
     dynamics, decoder: Caches along time, stacked over blocks, of `window` frames; frame t lies in slot t % S.
     tokens_BN: Of the last frame, int32.
+    picture_BHWC: The last frame, in [0, 1].
     frame: Index of the next frame, int32.
     """
 
     dynamics: KV
     decoder: KV
     tokens_BN: jax.Array
+    picture_BHWC: jax.Array
     frame: jax.Array
 
 
@@ -135,10 +147,12 @@ class Hidden(NamedTuple):
 
     hidden_BTN: Which tokens are to be predicted; none of the first frame, which is always a prompt.
     weight_B: 1 over their share in the whole batch.
+    noise_BTHWC: What is added to the last pictures; None where the model does not see them.
     """
 
     hidden_BTN: jax.Array
     weight_B: jax.Array
+    noise_BTHWC: jax.Array | None
 
 
 class TokenDynamics(Dynamics):
@@ -156,7 +170,10 @@ class TokenDynamics(Dynamics):
         self.token_embedding = init.embeddings(rngs, cfg.num_codes + 1, cfg.width)
         self.action_embedding = init.embeddings(rngs, cfg.num_actions + 1, cfg.width)
         self.position_NM = init.positions(rngs, cfg.num_patches + cfg.extra_places, cfg.width)
-        self.transformer = STTransformer(cfg, compute, rngs, causal_space=self.causal_space)
+        if cfg.sees_picture:
+            self.picture_in = linear(cfg.patch_size**2 * cfg.frame_shape[2], cfg.width, compute, rngs, bias=True)
+        places = Places(-(-cfg.frame_shape[1] // cfg.patch_size), cfg.extra_places)
+        self.transformer = STTransformer(cfg, compute, rngs, places, causal_space=self.causal_space)
 
     def __call__(
         self,
@@ -165,6 +182,7 @@ class TokenDynamics(Dynamics):
         actions_BT: jax.Array,
         past: Past | None = None,
         previous_BN: jax.Array | None = None,
+        last_BTHWC: jax.Array | None = None,
         keep: bool = False,
     ) -> Predicted:
         """Predicts every token of a clip, or of one frame after a past.
@@ -172,11 +190,20 @@ class TokenDynamics(Dynamics):
         Args:
           hidden_BTN: True for tokens that the model may not see.
           previous_BN: Tokens of the frame before the first given one, if there is one.
+          last_BTHWC: For each frame the picture before it, in [0, 1]; of no account to a model that does not see it.
           past, keep: See `STTransformer`.
         """
         if previous_BN is None:
             previous_BN = jnp.full_like(tokens_BTN[:, 0], self.cfg.num_codes)
-        return self._predict(self.embed(tokens_BTN, hidden_BTN, actions_BT, previous_BN), past, keep)
+        x_BTNM = self.embed(tokens_BTN, hidden_BTN, actions_BT, previous_BN)
+        if self.cfg.sees_picture:
+            assert last_BTHWC is not None
+            x_BTNM = x_BTNM.at[:, :, self.cfg.extra_places :].add(self.embed_picture(last_BTHWC))
+        return self._predict(x_BTNM, past, keep)
+
+    def embed_picture(self, last_BTHWC: jax.Array) -> jax.Array:
+        """What each place takes in of the picture before, (B, T, N, M)."""
+        return self.picture_in(2.0 * patchify(last_BTHWC, self.cfg.patch_size) - 1.0)
 
     def embed(
         self, tokens_BTN: jax.Array, hidden_BTN: jax.Array, actions_BT: jax.Array, previous_BN: jax.Array
@@ -207,11 +234,20 @@ class TokenDynamics(Dynamics):
     def draw(cls, cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int) -> Hidden:
         hidden_BTN = cls.hide(cfg, key, num_clips, num_frames).at[:, 0].set(False)
         weight = 1.0 / jnp.maximum(jnp.mean(hidden_BTN), 1e-6)
-        return Hidden(hidden_BTN, jnp.full(num_clips, weight))
+        noise_BTHWC = None
+        if cfg.sees_picture:
+            level_key, noise_key = jax.random.split(jax.random.fold_in(key, 0))
+            level_BT111 = cfg.picture_noise * jax.random.uniform(level_key, (num_clips, num_frames, 1, 1, 1))
+            noise_BTHWC = level_BT111 * jax.random.normal(noise_key, (num_clips, num_frames, *cfg.frame_shape))
+        return Hidden(hidden_BTN, jnp.full(num_clips, weight), noise_BTHWC)
 
     def loss(self, seen: Seen, drawn: Hidden) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of the hidden tokens, in nats, and the share that is guessed right."""
-        out = self(seen.tokens_BTN, drawn.hidden_BTN, actions_to(seen.actions_BTm1))
+        last_BTHWC = None
+        if drawn.noise_BTHWC is not None:
+            last_BTHWC = frames_before(seen.frames_BTHWC) + drawn.noise_BTHWC
+        actions_BT = actions_to(seen.actions_BTm1)
+        out = self(seen.tokens_BTN, drawn.hidden_BTN, actions_BT, last_BTHWC=last_BTHWC)
         nll_BTN, hits_BTN = masked_cross_entropy(out.logits_BTNK, seen.tokens_BTN, drawn.hidden_BTN)
         weight_B11 = drawn.weight_B[:, None, None]
         loss = jnp.mean(nll_BTN * weight_B11)
@@ -220,22 +256,26 @@ class TokenDynamics(Dynamics):
     def start(self, tokenizer: Tokenizer, frames_BTHWC: jax.Array, actions_BTm1: jax.Array, window: int) -> TokenState:
         tokens_BTN = tokenizer.encode(frames_BTHWC)
         nothing_BTN = jnp.zeros_like(tokens_BTN, bool)
-        read = self(tokens_BTN, nothing_BTN, actions_to(actions_BTm1), keep=True)
-        decoded = tokenizer.decode(tokens_BTN, keep=True)
+        last_BTHWC = frames_before(frames_BTHWC)
+        read = self(tokens_BTN, nothing_BTN, actions_to(actions_BTm1), last_BTHWC=last_BTHWC, keep=True)
+        decoded = tokenizer.decode_after(tokens_BTN, last_BTHWC, keep=True)
         assert read.time
         assert decoded.time
         caches = read.time.padded(window), decoded.time.padded(window)
-        return TokenState(*caches, tokens_BTN[:, -1], jnp.int32(tokens_BTN.shape[1]))
+        picture_BHWC = frames_BTHWC[:, -1].astype(jnp.float32)
+        return TokenState(*caches, tokens_BTN[:, -1], picture_BHWC, jnp.int32(tokens_BTN.shape[1]))
 
     def next_frame(
         self, tokenizer: Tokenizer, state: TokenState, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig
     ) -> tuple[jax.Array, TokenState]:
         tokens_BN, time = self.fill(state, action_B, key, sampling, tokenizer.cfg.columns)
-        decoded = tokenizer.decode(tokens_BN[:, None], Past(state.decoder, state.frame), keep=True)
+        past = Past(state.decoder, state.frame)
+        decoded = tokenizer.decode_after(tokens_BN[:, None], state.picture_BHWC[:, None], past, keep=True)
         assert decoded.time
         slot = state.frame % state.dynamics.k_BRQDS.shape[-1]
         caches = state.dynamics.write(time, slot), state.decoder.write(decoded.time, slot)
-        return decoded.frames_BTHWC[:, 0], TokenState(*caches, tokens_BN, state.frame + 1)
+        picture_BHWC = jnp.clip(decoded.frames_BTHWC[:, 0], 0.0, 1.0)
+        return picture_BHWC, TokenState(*caches, tokens_BN, picture_BHWC, state.frame + 1)
 
     def start_from(self, tokenizer: Tokenizer) -> None:
         """Makes the embeddings of codes alike where the tokenizer's are.

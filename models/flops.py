@@ -10,11 +10,15 @@ One block, for each place of each frame:
     feed-forward, 4 M wide            2 · 8 M²
     scores and their sum, in space    2 · 2 N M
     … in time, with a cache           2 · 2 (T + past) M
+
+A head that moves the last frame (`models.motion`): its dense layer; for each pixel and channel, each way and either
+axis, a product with the strip that a shift can reach; and the choice among the pictures.
 """
 
 import itertools
 from typing import TYPE_CHECKING
 
+from models.motion import WAYS
 from models.nn import STConfig, num_patches
 
 if TYPE_CHECKING:
@@ -34,23 +38,40 @@ def dense(rows: int, *widths: int) -> int:
     return 2 * rows * sum(a * b for a, b in itertools.pairwise(widths))
 
 
+def motion_head(width: int, patch_size: int, frame_shape: tuple[int, int, int], reach: int, num_frames: int) -> int:
+    """Of making the frames of one clip by moving those before them."""
+    rows, values = num_patches(frame_shape, patch_size) * num_frames, patch_size**2 * frame_shape[2]
+    strip = (2 * -(-reach // patch_size) + 1) * patch_size
+    outputs = values + WAYS * 2 * (2 * reach + 1) + patch_size**2 * (WAYS + 1)
+    return dense(rows, width, outputs) + 2 * rows * values * (2 * WAYS * strip + WAYS + 1)
+
+
 def tokenizer_encode(cfg: "TokenizerConfig", num_frames: int) -> int:
     """Of tokenizing one clip."""
     N, channels = cfg.num_patches, cfg.patch_size**2 * cfg.frame_shape[2]
-    layers = dense(N * num_frames, channels, cfg.width, cfg.code_width, cfg.num_codes)
+    seen = channels * (2 if cfg.motion_reach else 1)
+    layers = dense(N * num_frames, seen, cfg.width, cfg.code_width, cfg.num_codes)
     return transformer(cfg, N, num_frames) + layers
 
 
 def tokenizer_decode(cfg: "TokenizerConfig", num_frames: int, past: int = 0) -> int:
     """Of decoding the tokens of one clip, after a cache of `past` frames."""
     N, channels = cfg.num_patches, cfg.patch_size**2 * cfg.frame_shape[2]
-    return transformer(cfg, N, num_frames, past) + dense(N * num_frames, cfg.code_width, cfg.width, channels)
+    rows, blocks = N * num_frames, transformer(cfg, N, num_frames, past)
+    if not cfg.motion_reach:
+        return blocks + dense(rows, cfg.code_width, cfg.width, channels)
+    head = motion_head(cfg.width, cfg.patch_size, cfg.frame_shape, cfg.motion_reach, num_frames)
+    return blocks + dense(rows, cfg.code_width, cfg.width) + dense(rows, channels, cfg.width) + head
 
 
 def tokenizer_step(cfg: "TokenizerConfig", num_frames: int) -> int:
-    """Of a training step for one clip, forward and backward; the search for the nearest code has no backward pass."""
+    """Of a training step for one clip, forward and backward; the search for the nearest code has no backward pass.
+
+    Nor has a moving decoder's first pass, whose pictures the second one moves.
+    """
     search = dense(cfg.num_patches * num_frames, cfg.code_width, cfg.num_codes)
-    return 3 * (tokenizer_encode(cfg, num_frames) + tokenizer_decode(cfg, num_frames)) - 2 * search
+    encode, decode = tokenizer_encode(cfg, num_frames), tokenizer_decode(cfg, num_frames)
+    return 3 * (encode + decode) - 2 * search + (decode if cfg.motion_reach else 0)
 
 
 def lam_infer(cfg: "LAMConfig", num_frames: int) -> int:
@@ -63,11 +84,20 @@ def lam_step(cfg: "LAMConfig", num_frames: int) -> int:
     """Of a training step for one clip, forward and backward; the decoder sees all frames but the last."""
     N, channels = num_patches(cfg.frame_shape, cfg.patch_size), cfg.patch_size**2 * cfg.frame_shape[2]
     Tm1 = num_frames - 1
-    decoder = transformer(cfg, N, Tm1) + dense(N * Tm1, channels, cfg.width, channels)
+    decoder = transformer(cfg, N, Tm1) + dense(N * Tm1, channels, cfg.width)
+    if cfg.motion_reach:
+        decoder += motion_head(cfg.width, cfg.patch_size, cfg.frame_shape, cfg.motion_reach, Tm1)
+    else:
+        decoder += dense(N * Tm1, cfg.width, channels)
     return 3 * (lam_infer(cfg, num_frames) + decoder)
 
 
 def dynamics_forward(cfg: "DynamicsConfig", num_frames: int, past: int = 0) -> int:
     """Of a forward pass of a dynamics model over tokens, one clip after a cache of `past` frames."""
-    places = cfg.num_patches + cfg.extra_places
-    return transformer(cfg, places, num_frames, past) + dense(cfg.num_patches * num_frames, cfg.width, cfg.num_codes)
+    places, rows = cfg.num_patches + cfg.extra_places, cfg.num_patches * num_frames
+    picture = dense(rows, cfg.patch_size**2 * cfg.frame_shape[2], cfg.width) if cfg.sees_picture else 0
+    return (
+        picture
+        + transformer(cfg, places, num_frames, past)
+        + dense(cfg.num_patches * num_frames, cfg.width, cfg.num_codes)
+    )

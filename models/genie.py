@@ -94,10 +94,15 @@ def model_config(kind: str, fields: dict[str, Any]) -> Any:
         return WorldConfig(
             tokenizer=model_config("tokenizer", fields["tokenizer"]),
             lam=None if lam is None else model_config("lam", lam),
-            dynamics=DynamicsConfig(**fields["dynamics"]),
+            dynamics=_as_config(DynamicsConfig, fields["dynamics"]),
             window=fields["window"],
         )
-    return KINDS[kind][1](**fields | {"frame_shape": tuple(fields["frame_shape"])})
+    return _as_config(KINDS[kind][1], fields)
+
+
+def _as_config(of: type, fields: dict[str, Any]) -> Any:
+    """A configuration from JSON, which knows no tuples; what an older one lacks takes the default."""
+    return of(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def stored_model_config(path: str | Path, kind: str) -> Any:

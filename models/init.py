@@ -8,6 +8,7 @@
 | … of tokens, before training | 0.4 like the code, 0.6 of the above | again 0.5 in all: 0.4² + (0.6 · 0.5)² = 0.5² |
 | positions | 0.02 | small beside embeddings: what stands somewhere counts before where it stands |
 | the LAM's last layer | 0 | it says what changes, and learning starts from "nothing" |
+| a head that moves the last frame | a twentieth of the variance; 2 for no shift, 1 for the first move | a frame begins as the last one, nearly |
 | codes | unit vectors, all directions alike | only directions count (`models.vq`) |
 """  # noqa: E501
 
@@ -15,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+MOTION_SCALE, MOTION_STILL, MOTION_FIRST = 0.05, 2.0, 1.0
 
 
 def kernel(scale: float = 1.0) -> nnx.Initializer:

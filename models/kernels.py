@@ -21,6 +21,11 @@ class KV(NamedTuple):
     k_BRQDS: jax.Array
     v_BRQSD: jax.Array
 
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], width: int, size: int, dtype: Any) -> "KV":
+        """A cache of `size` empty slots; `shape` is that of all axes before, down to the heads."""
+        return cls(jnp.zeros((*shape, width, size), dtype), jnp.zeros((*shape, size, width), dtype))
+
     def padded(self, size: int) -> "KV":
         """A cache of `size` slots whose first ones are these."""
         empty = (0, size - self.k_BRQDS.shape[-1])
@@ -120,13 +125,35 @@ def rotate(x_BTNQD: jax.Array, start: jax.Array | int) -> jax.Array:
     Scores depend on distances alone, so a window may slide and cached keys stay valid. The slowest of D / 2 waves turns
     once in 2π · 100^(1 - 2 / D) frames: in 544 at D = 64.
     """
-    T, D = x_BTNQD.shape[1], x_BTNQD.shape[-1]
-    frequencies = 100.0 ** (-jnp.arange(D // 2, dtype=jnp.float32) / (D // 2))
-    angles = (start + jnp.arange(T, dtype=jnp.float32))[:, None, None, None] * frequencies
+    frames_T11 = (start + jnp.arange(x_BTNQD.shape[1], dtype=jnp.float32))[:, None, None]
+    return _turn(x_BTNQD, frames_T11, 100.0)
+
+
+def rotate_space(x_BTNQD: jax.Array, start: jax.Array | int, columns: int, extra: int) -> jax.Array:
+    """Rotary encoding of space: one half of the width is rotated by a place's row, the other by its column.
+
+    What a neighbour holds is then found in the same way from every place.
+
+    Args:
+      start: Index of the first given place.
+      columns: Places in a row of the frame.
+      extra: Places before the frame's first one, which are not rotated.
+    """
+    place_N = start + jnp.arange(x_BTNQD.shape[2]) - extra
+    in_frame_N = place_N >= 0
+    rows_N, columns_N = jnp.where(in_frame_N, place_N // columns, 0), jnp.where(in_frame_N, place_N % columns, 0)
+    by_row, by_column = jnp.split(x_BTNQD, 2, axis=-1)
+    turned = [_turn(by_row, rows_N[:, None], 30.0), _turn(by_column, columns_N[:, None], 30.0)]
+    return jnp.concatenate(turned, axis=-1)
+
+
+def _turn(x_XD: jax.Array, angle_X: jax.Array, base: float) -> jax.Array:
+    """Rotates pairs of values by an angle, each pair slower than the one before, down to `base` times."""
+    half = x_XD.shape[-1] // 2
+    angles = angle_X[..., None] * base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     sin, cos = jnp.sin(angles), jnp.cos(angles)
-    a_BTNQD, b_BTNQD = jnp.split(x_BTNQD.astype(jnp.float32), 2, axis=-1)  # D / 2 each
-    turned = [a_BTNQD * cos - b_BTNQD * sin, a_BTNQD * sin + b_BTNQD * cos]
-    return jnp.concatenate(turned, axis=-1).astype(x_BTNQD.dtype)
+    a, b = jnp.split(x_XD.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_XD.dtype)
 
 
 class RMSNorm(nnx.Module):

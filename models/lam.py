@@ -10,7 +10,8 @@ from flax import nnx
 
 from models import init
 from models.errors import InputError
-from models.nn import Compute, STConfig, STTransformer, linear, num_patches, patchify, unpatchify
+from models.motion import MotionHead
+from models.nn import Compute, Places, STConfig, STTransformer, linear, num_patches, patchify, unpatchify
 from models.vq import VectorQuantizer
 
 
@@ -30,6 +31,8 @@ class LAMConfig(STConfig):
     """Steps without use after which a code is moved to a latent of the batch; 0 never."""
     unquantized_steps: int = 2000
     """Steps at the start in which actions stay unquantised, so that the decoder learns to heed them."""
+    motion_reach: int = 0
+    """Pixels by which the decoder can move the last frame, patch by patch; 0: it makes each anew, as in the paper."""
     frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
     """(H, W, C), set from the dataset."""
 
@@ -39,6 +42,8 @@ class LAMConfig(STConfig):
             side = min(self.frame_shape[:2])
             message = f"`patch_size` {self.patch_size}: must be from 1 to the frames' shorter side, {side}"
             raise InputError(message, of=type(self))
+        if self.motion_reach < 0:
+            raise InputError(f"`motion_reach` {self.motion_reach}: must be 0 or more pixels", of=type(self))
 
 
 class ActionReconstruction(NamedTuple):
@@ -64,10 +69,11 @@ class LAM(nnx.Module):
         self.cfg = cfg
         channels = cfg.patch_size**2 * cfg.frame_shape[2]
         N = num_patches(cfg.frame_shape, cfg.patch_size)
+        columns = -(-cfg.frame_shape[1] // cfg.patch_size)
         self.patch_in = linear(2 * channels, cfg.width, compute, rngs, bias=True)
         # Place 0 is the action token's, which stands beside the patches of every frame.
         self.encoder_position_Np1M = init.positions(rngs, N + 1, cfg.width)
-        self.encoder = STTransformer(cfg, compute, rngs)
+        self.encoder = STTransformer(cfg, compute, rngs, Places(columns, extra=1))
         self.code_in = linear(cfg.width, cfg.code_width, compute, rngs)
         self.vq = VectorQuantizer(
             cfg.num_codes,
@@ -81,8 +87,11 @@ class LAM(nnx.Module):
         self.code_out = linear(cfg.code_width, cfg.width, compute, rngs, bias=True)
         self.past_in = linear(channels, cfg.width, compute, rngs, bias=True)
         self.decoder_position_NM = init.positions(rngs, N, cfg.width)
-        self.decoder = STTransformer(cfg, compute, rngs)
-        self.patch_out = linear(cfg.width, channels, compute, rngs, scale=0.0, bias=True)
+        self.decoder = STTransformer(cfg, compute, rngs, Places(columns))
+        if cfg.motion_reach:
+            self.move = MotionHead(cfg.width, cfg.patch_size, cfg.frame_shape, cfg.motion_reach, compute, rngs)
+        else:
+            self.patch_out = linear(cfg.width, channels, compute, rngs, scale=0.0, bias=True)
 
     def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> ActionReconstruction:
         """Infers the actions of a clip in [0, 1] and predicts each next frame from them."""
@@ -105,6 +114,8 @@ class LAM(nnx.Module):
         # Added to every patch, as the paper does: as one token among many it would go unheard for thousands of steps.
         x_BTm1NM = self.past_in(2.0 * patches_BTm1NP - 1.0) + self.code_out(actions_BTm1L)[:, :, None]
         hidden_BTm1NM = self.decoder(x_BTm1NM + self.decoder_position_NM[...]).x_BTNM
+        if self.cfg.motion_reach:
+            return self.move(hidden_BTm1NM, past_BTm1HWC), hidden_BTm1NM
         # The decoder says what changes, at first nothing: learning starts from a copy of the last frame.
         next_BTm1NP = patches_BTm1NP.astype(jnp.float32) + self.patch_out(hidden_BTm1NM).astype(jnp.float32)
         return unpatchify(next_BTm1NP, self.cfg.patch_size, self.cfg.frame_shape), hidden_BTm1NM

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import flops
-from models.dynamics import DynamicsConfig, TokenDynamics, TokenState
+from models.dynamics import DynamicsConfig, Predicted, TokenDynamics, TokenState
 from models.kernels import KV
 from models.nn import Past
 from models.sampling import SamplingConfig, draw_codes
@@ -52,17 +52,19 @@ class MaskGIT(TokenDynamics):
     def fill(
         self, state: TokenState, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig, columns: int
     ) -> tuple[jax.Array, KV]:
-        action_B1, past = action_B[:, None], Past(state.dynamics, state.frame)
+        past = Past(state.dynamics, state.frame)
+
+        def read(tokens_B1N: jax.Array, hidden_B1N: jax.Array) -> Predicted:
+            last_B1HWC = state.picture_BHWC[:, None]
+            return self(tokens_B1N, hidden_B1N, action_B[:, None], past, state.tokens_BN, last_B1HWC, keep=True)
 
         def logits(tokens_BN: jax.Array, hidden_BN: jax.Array) -> jax.Array:
-            out = self(tokens_BN[:, None], hidden_BN[:, None], action_B1, past, state.tokens_BN, keep=True)
-            return out.logits_BTNK[:, 0]
+            return read(tokens_BN[:, None], hidden_BN[:, None]).logits_BTNK[:, 0]
 
         tokens_BN = fill_tokens(logits, (len(action_B), self.cfg.num_patches), key, sampling, columns)
         # Once more with all tokens in view: these keys and values are what later frames see.
         tokens_B1N = tokens_BN[:, None]
-        nothing_B1N = jnp.zeros_like(tokens_B1N, bool)
-        time = self(tokens_B1N, nothing_B1N, action_B1, past, state.tokens_BN, keep=True).time
+        time = read(tokens_B1N, jnp.zeros_like(tokens_B1N, bool)).time
         assert time
         return tokens_BN, time
 

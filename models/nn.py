@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models import init
 from models.errors import InputError
-from models.kernels import KV, Linear, RMSNorm, attention, remat, rotate
+from models.kernels import KV, Linear, RMSNorm, attention, remat, rotate, rotate_space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,8 @@ class STConfig:
     """Attention heads; must divide the width."""
     num_blocks: int = 8
     """ST blocks (in the encoder, and again in the decoder, where there are both)."""
+    rotary_space: bool = False
+    """Rotate queries and keys of spatial attention by a place's row and column, beside the learned positions."""
 
     def __post_init__(self):
         if self.num_heads < 1 or self.width % self.num_heads or (self.width // self.num_heads) % 2:
@@ -52,6 +54,18 @@ class STConfig:
             raise InputError(message, of=type(self))
         if self.num_blocks < 1:
             raise InputError(f"`num_blocks` {self.num_blocks}: must be at least 1", of=type(self))
+        if self.rotary_space and (self.width // self.num_heads) % 4:
+            message = (
+                f"`width` {self.width}: with `rotary_space`, must be a multiple of 4 · `num_heads` {self.num_heads}"
+            )
+            raise InputError(message, of=type(self))
+
+
+class Places(NamedTuple):
+    """How the places of a frame lie: in rows of so many columns, after some extra ones that have no place in it."""
+
+    columns: int
+    extra: int = 0
 
 
 class Past(NamedTuple):
@@ -88,12 +102,21 @@ class Attention(nnx.Module):
     causal to itself and those before it.
     """
 
-    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs, axis: Literal["time", "space"], causal: bool):
+    def __init__(
+        self,
+        cfg: STConfig,
+        compute: Compute,
+        rngs: nnx.Rngs,
+        axis: Literal["time", "space"],
+        causal: bool,
+        places: Places | None = None,
+    ):
         head_width = cfg.width // cfg.num_heads
         self.num_heads = cfg.num_heads
         self.compute = compute
         self.axis = axis
         self.causal = causal
+        self.places = places if cfg.rotary_space else None
         self.qkv = linear(cfg.width, 3 * cfg.width, compute, rngs)
         self.out = linear(cfg.width, cfg.width, compute, rngs, scale=init.output_scale(cfg.num_blocks))
         self.q_norm = RMSNorm(head_width)
@@ -110,6 +133,8 @@ class Attention(nnx.Module):
         q_BTNQD, k_BTNQD, v_BTNQD = self._heads(x_BTNM)
         if self.axis == "time":
             q_BTNQD, k_BTNQD = rotate(q_BTNQD, start), rotate(k_BTNQD, start)
+        elif self.places:
+            q_BTNQD, k_BTNQD = (rotate_space(x_BTNQD, start, *self.places) for x_BTNQD in (q_BTNQD, k_BTNQD))
         # Rows attend apart: frames along space, places along time.
         q_BRSQD, k_BRSQD, v_BRSQD = (self._swap(x_BTNQD) for x_BTNQD in (q_BTNQD, k_BTNQD, v_BTNQD))
         B, R, S, Q, D = q_BRSQD.shape
@@ -144,9 +169,9 @@ class Attention(nnx.Module):
 class STBlock(nnx.Module):
     """Pre-norm residual block: attention over space, attention over time, feed-forward."""
 
-    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs, causal_space: bool = False):
+    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs, places: Places, causal_space: bool = False):
         self.spatial_norm = RMSNorm(cfg.width)
-        self.spatial = Attention(cfg, compute, rngs, "space", causal_space)
+        self.spatial = Attention(cfg, compute, rngs, "space", causal_space, places)
         self.temporal_norm = RMSNorm(cfg.width)
         self.temporal = Attention(cfg, compute, rngs, "time", causal=True)
         self.ffn_norm = RMSNorm(cfg.width)
@@ -171,13 +196,14 @@ class STTransformer(nnx.Module):
     With `causal_space` a patch sees those before it in its frame only.
     """
 
-    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs, causal_space: bool = False):
+    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs, places: Places, causal_space: bool = False):
         self.compute = compute
+        self.heads = cfg.num_blocks, cfg.num_heads, cfg.width // cfg.num_heads
 
         @nnx.split_rngs(splits=cfg.num_blocks)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs: nnx.Rngs) -> STBlock:
-            return STBlock(cfg, compute, rngs, causal_space)
+            return STBlock(cfg, compute, rngs, places, causal_space)
 
         self.blocks = stack(rngs)
         self.norm = RMSNorm(cfg.width)
@@ -205,6 +231,11 @@ class STTransformer(nnx.Module):
         x_BTNM = x_BTNM.astype(jnp.dtype(self.compute.dtype))
         x_BTNM, (time, space) = jax.lax.scan(remat(body, self.compute.remat), x_BTNM, layers, unroll=unroll)
         return Transformed(self.norm(x_BTNM), time, space)
+
+    def empty_cache(self, num_clips: int, rows: int, size: int) -> KV:
+        """Keys and values, stacked over blocks, of `size` places along an axis that are still to come."""
+        num_blocks, num_heads, width = self.heads
+        return KV.empty((num_blocks, num_clips, rows, num_heads), width, size, jnp.dtype(self.compute.dtype))
 
 
 def linear(

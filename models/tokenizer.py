@@ -11,7 +11,8 @@ from flax import nnx
 from models import init
 from models.errors import InputError
 from models.kernels import KV
-from models.nn import Compute, Past, STConfig, STTransformer, linear, num_patches, patchify, unpatchify
+from models.motion import MotionHead, frames_before
+from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, num_patches, patchify, unpatchify
 from models.vq import VectorQuantizer
 
 
@@ -31,6 +32,8 @@ class TokenizerConfig(STConfig):
     """Steps without use after which a code is moved to a latent of the batch; 0 never."""
     unquantized_steps: int = 0
     """Steps at the start in which latents pass as they are, so that codes follow an encoder that learns already."""
+    motion_reach: int = 0
+    """Pixels by which the decoder can move the last frame, patch by patch; 0: it makes each anew, as in the paper."""
     frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
     """(H, W, C), set from the dataset."""
 
@@ -40,6 +43,8 @@ class TokenizerConfig(STConfig):
             side = min(self.frame_shape[:2])
             message = f"`patch_size` {self.patch_size}: must be from 1 to the frames' shorter side, {side}"
             raise InputError(message, of=type(self))
+        if self.motion_reach < 0:
+            raise InputError(f"`motion_reach` {self.motion_reach}: must be 0 or more pixels", of=type(self))
 
     @property
     def num_patches(self) -> int:
@@ -87,9 +92,11 @@ class Tokenizer(nnx.Module):
     def __init__(self, cfg: TokenizerConfig, compute: Compute, rngs: nnx.Rngs):
         self.cfg = cfg
         channels = cfg.patch_size**2 * cfg.frame_shape[2]
-        self.patch_in = linear(channels, cfg.width, compute, rngs, bias=True)
+        places = Places(cfg.columns)
+        # Of a decoder that moves the last frame, the encoder sees each patch beside its change.
+        self.patch_in = linear(channels * (2 if cfg.motion_reach else 1), cfg.width, compute, rngs, bias=True)
         self.encoder_position_NM = init.positions(rngs, cfg.num_patches, cfg.width)
-        self.encoder = STTransformer(cfg, compute, rngs)
+        self.encoder = STTransformer(cfg, compute, rngs, places)
         self.code_in = linear(cfg.width, cfg.code_width, compute, rngs)
         self.vq = VectorQuantizer(
             cfg.num_codes,
@@ -101,13 +108,24 @@ class Tokenizer(nnx.Module):
         )
         self.code_out = linear(cfg.code_width, cfg.width, compute, rngs, bias=True)
         self.decoder_position_NM = init.positions(rngs, cfg.num_patches, cfg.width)
-        self.decoder = STTransformer(cfg, compute, rngs)
-        self.patch_out = linear(cfg.width, channels, compute, rngs, bias=True)
+        self.decoder = STTransformer(cfg, compute, rngs, places)
+        if cfg.motion_reach:
+            self.last_in = linear(channels, cfg.width, compute, rngs, bias=True)
+            self.move = MotionHead(cfg.width, cfg.patch_size, cfg.frame_shape, cfg.motion_reach, compute, rngs)
+        else:
+            self.patch_out = linear(cfg.width, channels, compute, rngs, bias=True)
 
     def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> Reconstruction:
-        """Encodes, quantises and decodes frames in [0, 1]."""
+        """Encodes, quantises and decodes frames in [0, 1]; in training, a moving decoder from its own last pictures."""
         quantized = self.vq(self._latents(frames_BTHWC), train)
-        out = self._decode(quantized.vectors_XL, None, keep=False)
+        if self.cfg.motion_reach and not train:
+            out = self._unroll(quantized.vectors_XL)
+        else:
+            out = self._decode(quantized.vectors_XL, frames_before(frames_BTHWC))
+        if self.cfg.motion_reach and train:
+            # Once more, as in a rollout: what the decoder moves is what it has made itself.
+            own_BTHWC = jnp.clip(jax.lax.stop_gradient(out.frames_BTHWC), 0.0, 1.0)
+            out = self._decode(quantized.vectors_XL, frames_before(own_BTHWC))
         return Reconstruction(
             out.frames_BTHWC, quantized.codes_X, quantized.latents_XL, quantized.commitment, out.hidden_BTNM
         )
@@ -116,18 +134,60 @@ class Tokenizer(nnx.Module):
         """Frames in [0, 1] to tokens (B, T, N)."""
         return self.vq(self._latents(frames_BTHWC)).codes_X
 
-    def decode(self, tokens_BTN: jax.Array, past: Past | None = None, keep: bool = False) -> Decoded:
-        """Tokens of a clip, or of one frame after a past, to frames; see `STTransformer`."""
-        return self._decode(self.vq.lookup(tokens_BTN), past, keep)
+    def decode(self, tokens_BTN: jax.Array) -> Decoded:
+        """Tokens of a clip to frames, from these alone: a moving decoder begins with grey, then moves its own."""
+        codes_BTNL = self.vq.lookup(tokens_BTN)
+        return self._unroll(codes_BTNL) if self.cfg.motion_reach else self._decode(codes_BTNL, None)
+
+    def decode_after(
+        self, tokens_BTN: jax.Array, last_BTHWC: jax.Array, past: Past | None = None, keep: bool = False
+    ) -> Decoded:
+        """Tokens to frames, where for each frame the one before it is given; of a clip, or of one frame after a past.
+
+        Args:
+          last_BTHWC: In [0, 1]; of no account where the decoder moves nothing.
+          past, keep: See `STTransformer`.
+        """
+        return self._decode(self.vq.lookup(tokens_BTN), last_BTHWC, past, keep)
 
     def _latents(self, frames_BTHWC: jax.Array) -> jax.Array:
         patches_BTNP = patchify(frames_BTHWC, self.cfg.patch_size)
-        x_BTNM = self.patch_in(2.0 * patches_BTNP - 1.0) + self.encoder_position_NM[...]
-        return self.code_in(self.encoder(x_BTNM).x_BTNM)
+        seen = 2.0 * patches_BTNP - 1.0
+        if self.cfg.motion_reach:
+            change_BTNP = patches_BTNP - patchify(frames_before(frames_BTHWC), self.cfg.patch_size)
+            seen = jnp.concatenate([seen, 4.0 * change_BTNP], axis=-1)
+        return self.code_in(self.encoder(self.patch_in(seen) + self.encoder_position_NM[...]).x_BTNM)
 
-    def _decode(self, codes_BTNL: jax.Array, past: Past | None, keep: bool) -> Decoded:
+    def _decode(
+        self, codes_BTNL: jax.Array, last_BTHWC: jax.Array | None, past: Past | None = None, keep: bool = False
+    ) -> Decoded:
         # Unit vectors scaled to unit variance, which is what the layer's initialisation expects.
         x_BTNM = self.code_out(codes_BTNL * self.cfg.code_width**0.5) + self.decoder_position_NM[...]
+        if not self.cfg.motion_reach:
+            last_BTHWC = None  # which the paper's decoder does not see
+        if last_BTHWC is not None:
+            x_BTNM += self.last_in(2.0 * patchify(last_BTHWC, self.cfg.patch_size) - 1.0)
         hidden_BTNM, time, _ = self.decoder(x_BTNM, past, keep)
-        patches_BTNP = self.patch_out(hidden_BTNM).astype(jnp.float32) + 0.5
-        return Decoded(unpatchify(patches_BTNP, self.cfg.patch_size, self.cfg.frame_shape), hidden_BTNM, time)
+        if last_BTHWC is not None:
+            frames_BTHWC = self.move(hidden_BTNM, last_BTHWC)
+        else:
+            patches_BTNP = self.patch_out(hidden_BTNM).astype(jnp.float32) + 0.5
+            frames_BTHWC = unpatchify(patches_BTNP, self.cfg.patch_size, self.cfg.frame_shape)
+        return Decoded(frames_BTHWC, hidden_BTNM, time)
+
+    def _unroll(self, codes_BTNL: jax.Array) -> Decoded:
+        """Decodes frame by frame, each after the ones before it."""
+        B, T, N, _ = codes_BTNL.shape
+        grey_B1HWC = jnp.full((B, 1, *self.cfg.frame_shape), 0.5)
+        cache = self.decoder.empty_cache(B, N, T)
+
+        def one(carry: tuple[KV, jax.Array], step: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple]:
+            (cache, last_B1HWC), (frame, codes_BNL) = carry, step
+            out = self._decode(codes_BNL[:, None], last_B1HWC, Past(cache, frame), keep=True)
+            assert out.time
+            shown_B1HWC = jnp.clip(out.frames_BTHWC, 0.0, 1.0)
+            return (cache.write(out.time, frame), shown_B1HWC), (out.frames_BTHWC[:, 0], out.hidden_BTNM[:, 0])
+
+        steps = jnp.arange(T), codes_BTNL.swapaxes(0, 1)
+        (cache, _), (frames, hidden) = jax.lax.scan(one, (cache, grey_B1HWC), steps)
+        return Decoded(frames.swapaxes(0, 1), hidden.swapaxes(0, 1), cache)

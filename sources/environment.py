@@ -22,6 +22,14 @@ class RecordingOptions:
     """Decides the levels and the actions. The same seed gives the same files."""
     distribution_mode: Literal["hard", "easy"] = "hard"
     """Procgen's difficulty of the levels."""
+    use_backgrounds: bool = True
+    """Procgen draws a picture behind the levels; without, black."""
+    restrict_themes: bool = False
+    """Procgen draws all levels in one theme."""
+    use_monochrome_assets: bool = False
+    """Procgen draws plain rectangles in the place of pictures."""
+    center_agent: bool = True
+    """Procgen's view follows the agent; without, it shows the whole level."""
     policy: Literal["uniform", "sticky"] = "uniform"
     """How to act: uniformly at random as in the paper, or "sticky": hold an action for a while, mostly one that moves
     right, which gets much further into the levels."""

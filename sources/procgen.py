@@ -48,6 +48,10 @@ class CoinRun(Environment):
             num=B,
             env_name=self.name,
             distribution_mode=options.distribution_mode,
+            use_backgrounds=options.use_backgrounds,
+            restrict_themes=options.restrict_themes,
+            use_monochrome_assets=options.use_monochrome_assets,
+            center_agent=options.center_agent,
             start_level=FIRST_LEVEL[split],  # Procgen ignores it where num_levels is 0
             num_levels=options.num_levels,
             rand_seed=int(rng.integers(2**31 - 1)),

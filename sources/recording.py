@@ -177,6 +177,8 @@ def _unfinished(folder: Path, environment: Environment, made_by: dict[str, Any])
     if noted.exists():
         # Notes that name no environment are from a time when there was only one.
         found = {"environment": "coinrun"} | json.loads(noted.read_text())
+        defaults = {field.name: field.default for field in dataclasses.fields(RecordingOptions)}
+        found["config"] = defaults | found.get("config", {})  # what an older run could not choose
         if found != expected:
             raise InputError(choose.format(f"holds an unfinished dataset with {_differences(found, expected)}"))
     elif folder.exists() and any(path != unfinished for path in folder.iterdir()):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from models.dynamics import DynamicsConfig
 from models.maskgit import MaskGIT
-from models.nn import Compute, STConfig, STTransformer
+from models.nn import Compute, Places, STConfig, STTransformer
 from models.tokenizer import Tokenizer, TokenizerConfig
 from utils.optim import OptimConfig, learning_rate_schedule, make_optimizer, matrices, phases
 
@@ -62,7 +62,7 @@ def test_logits_and_moments_are_float32_in_bfloat16():
 
 def test_bfloat16_stays_near_float32():
     outs = [
-        STTransformer(STConfig(**SIZE), Compute(dtype=d), nnx.Rngs(0))(X).x_BTNM.astype(jnp.float32)
+        STTransformer(STConfig(**SIZE), Compute(dtype=d), nnx.Rngs(0), Places(2))(X).x_BTNM.astype(jnp.float32)
         for d in ("float32", "bfloat16")
     ]
     np.testing.assert_allclose(outs[0], outs[1], atol=0.1)
@@ -70,7 +70,7 @@ def test_bfloat16_stays_near_float32():
 
 
 def gradient(remat):
-    model = STTransformer(STConfig(**SIZE), Compute(remat=remat), nnx.Rngs(0))
+    model = STTransformer(STConfig(**SIZE), Compute(remat=remat), nnx.Rngs(0), Places(2))
     graphdef, params = nnx.split(model)
     return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(X).x_BTNM))))(params)
 
@@ -85,7 +85,7 @@ def test_activation_checkpointing_saves_memory():
     x = jax.random.normal(jax.random.key(0), (4, 8, 16, 32))
 
     def temporary(how):
-        model = STTransformer(STConfig(width=32, num_heads=2, num_blocks=6), Compute(remat=how), nnx.Rngs(0))
+        model = STTransformer(STConfig(width=32, num_heads=2, num_blocks=6), Compute(remat=how), nnx.Rngs(0), Places(2))
         graphdef, params = nnx.split(model)
         step = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x).x_BTNM ** 2)))
         return step.lower(params).compile().memory_analysis().temp_size_in_bytes
@@ -95,7 +95,7 @@ def test_activation_checkpointing_saves_memory():
 
 
 def test_scanned_blocks_equal_unrolled_ones():
-    model = STTransformer(STConfig(**SIZE), Compute(), nnx.Rngs(0))
+    model = STTransformer(STConfig(**SIZE), Compute(), nnx.Rngs(0), Places(2))
     graphdef, stacked = nnx.split(model.blocks)
     x = X
     for i in range(2):
