@@ -22,7 +22,7 @@ from models.sampling import SamplingConfig, roll
 from utils.action_source import ActionSource, InferredActions, LearnedActions, StoredActions, TrueActions
 from utils.cli import run
 from utils.data import Batch, ClipSource
-from utils.metrics import psnr, usage
+from utils.metrics import pooled_psnr, psnr, unchanged, usage
 from utils.records import Metadata, TokenInfo
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
@@ -55,6 +55,8 @@ class Config(TrainConfig):
     """Steps of linear warm-up from zero; at most a tenth of a run too short for the recipe."""
     commitment: float = 0.0
     """For a LAM that is trained along: weight of the loss that holds latents near their codes."""
+    sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (frozen)
+    """How the world is sampled by default, as in the rollouts of a validation."""
 
 
 PRESETS = {
@@ -72,6 +74,7 @@ PRESETS = {
             unquantized_steps=250,
             motion_reach=6,
         ),
+        sampling=SamplingConfig(steps=2, temperature=0.0),
         batch_size=2,
         num_steps=1000,
         learning_rate=2e-3,
@@ -90,10 +93,6 @@ PRESETS = {
         batch_size=4,
     ),
 }
-
-
-PREVIEW = SamplingConfig(steps=8, temperature=0.0)
-"""How the rollouts of a validation are drawn: quickly, and the same each time."""
 
 
 def loss_fn(
@@ -144,15 +143,27 @@ def train_step(
     return state, metrics | norms
 
 
-def evaluate(world: World, batch: Batch, key: jax.Array, source: ActionSource) -> tuple[dict, jax.Array]:
-    """The loss, and the PSNR of a rollout of the first clip from its first frame; shows truth over that rollout."""
+def evaluate(world: World, batch: Batch, key: jax.Array, cfg: Config, source: ActionSource) -> tuple[dict, jax.Array]:
+    """The loss, and how rollouts from the first frame go; shows truth over one of them.
+
+    psnr: Of all frames; psnr_copy: of the first one repeated. Margins are their difference, pooled over the clips.
+    delta_psnr_t4: By how much the clips' own actions beat random ones, at frame 4 (Genie, §3).
+    unchanged: Share of pixels that a step leaves within 4/255, beside the truth's: a frozen world shows.
+    """
     loss, (metrics, _) = loss_fn(world, draw(world, batch, key), source, train=False)
-    first = jax.tree.map(lambda x: x[:1], batch)
-    frames = see(world, first)[1]
-    actions_BTm1 = source.actions(world, first, frames, train=False).actions_BTm1
-    predicted = roll(world, frames[:, :1], actions_BTm1, key, PREVIEW)
-    quality = {"psnr": jnp.mean(psnr(predicted, frames[:, 1:]))}
-    return {"loss": loss} | metrics | quality, jnp.stack([frames[0], jnp.concatenate([frames[0, :1], predicted[0]])])
+    frames = see(world, batch)[1]
+    actions_BTm1 = source.actions(world, batch, frames, train=False).actions_BTm1
+    random_BTm1 = jax.random.randint(key, actions_BTm1.shape, 0, world.num_actions)
+    predicted, misled = (roll(world, frames[:, :1], a, key, cfg.sampling) for a in (actions_BTm1, random_BTm1))
+    future = frames[:, 1:]
+    copied = jnp.broadcast_to(frames[:, :1], future.shape)
+    metrics |= {name: jnp.mean(psnr(x, future)) for name, x in (("psnr", predicted), ("psnr_copy", copied))}
+    metrics |= {name: jnp.mean(unchanged(x)) for name, x in (("unchanged", predicted), ("real_unchanged", future))}
+    margin_T = pooled_psnr(predicted, future) - pooled_psnr(copied, future)
+    delta_T = jnp.mean(psnr(predicted, future) - psnr(misled, future), axis=0)
+    metrics |= {f"margin_{t}": margin_T[t - 1] for t in (1, 4, 8, 15) if t <= len(margin_T)}
+    metrics |= {f"delta_psnr_t{t}": delta_T[t - 1] for t in (4,) if t <= len(delta_T)}
+    return {"loss": loss} | metrics, jnp.stack([frames[0], jnp.concatenate([frames[0, :1], predicted[0]])])
 
 
 def choose_actions(cfg: Config, metadata: Metadata) -> ActionSource:
@@ -232,7 +243,7 @@ def main(cfg: Config) -> None:
         world_cfg,
         build=lambda rngs: World(world_cfg, cfg.compute, rngs),
         train_step=lambda state, batch, key: train_step(state, batch, key, cfg, source),
-        evaluate=lambda world, batch, key: evaluate(world, batch, key, source),
+        evaluate=lambda world, batch, key: evaluate(world, batch, key, cfg, source),
         train=train,
         val=val,
         trainable=trainable(source),

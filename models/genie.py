@@ -17,6 +17,7 @@ from models.errors import InputError
 from models.lam import LAM, LAMConfig
 from models.maskgit import MaskGIT
 from models.nn import Compute
+from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer, TokenizerConfig
 
 CONFIG_VERSION = 1
@@ -103,6 +104,11 @@ def model_config(kind: str, fields: dict[str, Any]) -> Any:
 def _as_config(of: type, fields: dict[str, Any]) -> Any:
     """A configuration from JSON, which knows no tuples; what an older one lacks takes the default."""
     return of(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def stored_sampling(path: str | Path) -> SamplingConfig:
+    """How a world's training says that it is best sampled; the paper's way where it says nothing."""
+    return _as_config(SamplingConfig, read_config(path)["train"].get("sampling", {}))
 
 
 def stored_model_config(path: str | Path, kind: str) -> Any:

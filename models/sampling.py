@@ -57,6 +57,27 @@ class SamplingConfig:
             raise InputError(f"`top_p` {self.top_p}: must be above 0 and at most 1")
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+    """How frames are drawn, where that is not left to the world; its own way is what its training found best."""
+
+    steps: int | None = None
+    """MaskGIT steps per frame; default: the world's."""
+    temperature: float | None = None
+    """Of the tokens' distribution, 0 takes the likeliest; default: the world's."""
+    order: Literal["confidence", "random", "halton"] | None = None
+    """Which tokens a step settles: the likeliest, random ones, or such as lie evenly spread; default: the world's."""
+    top_k: int | None = None
+    """Draw among this many of a token's likeliest codes only, 0 for all; default: the world's."""
+    top_p: float | None = None
+    """Draw among the fewest likeliest codes whose probability adds up to this, 1 for all; default: the world's."""
+
+    def over(self, world: SamplingConfig) -> SamplingConfig:
+        """The world's way of sampling, with what is chosen here in its place."""
+        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingFlags)}
+        return dataclasses.replace(world, **{name: value for name, value in chosen.items() if value is not None})
+
+
 def start_rollout(world: "World", frames_BTHWC: jax.Array, actions_BTm1: jax.Array) -> Any:
     """Reads prompt frames: the state of a rollout, which is the dynamics kind's own (see `Dynamics.start`).
 

@@ -27,6 +27,7 @@ HARMLESS = {
     *("ckpt_dir", "data_dir", "num_steps", "tokenizer_checkpoint", "lam_checkpoint"),
     *("log", "entity", "project", "run_name", "tensorboard", "profile", "debug_nans", "log_gradients", "deterministic"),
     *("log_interval", "val_interval", "val_batches", "checkpoint_interval", "keep_latest", "keep_every", "keep_best"),
+    *("steps", "temperature", "order", "top_k", "top_p"),  # of sampling
     *("num_workers", "fsdp", "coordinator", "num_processes", "process_id", "remat", "attention", "compile_cache"),
 }
 """Training flags that a resumed run may change: they do not touch the curve beyond rounding."""
@@ -97,7 +98,7 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-RISING = ("psnr", "ssim", "accuracy", "usage")
+RISING = ("psnr", "ssim", "accuracy", "usage", "margin")
 """Metrics of which more is better; of all others, less."""
 
 

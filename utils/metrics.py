@@ -30,6 +30,12 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     return scores.reshape(a.shape[:-3])
 
 
+def unchanged(frames_BTHWC: jax.Array, most: float = 4 / 255) -> jax.Array:
+    """Share of pixels, (B, T - 1), that each step leaves within `most` in every channel."""
+    step = jnp.abs(jnp.diff(frames_BTHWC.astype(jnp.float32), axis=1))
+    return jnp.mean(jnp.max(step, axis=-1) <= most * 1.0001, axis=(2, 3))
+
+
 def usage(codes: jax.Array, num_codes: int) -> jax.Array:
     """Share of the codes that occur at all."""
     return jnp.mean(jnp.zeros(num_codes).at[codes.reshape(-1)].set(1.0))
