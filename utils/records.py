@@ -26,6 +26,8 @@ from models.errors import InputError
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
+COINRUN_SAME_ACTIONS = {"LEFT+DOWN": "LEFT", "DOWN": "NONE", "RIGHT+DOWN": "RIGHT"} | dict.fromkeys("DAWSQE", "NONE")
+"""CoinRun's actions that do the same as another: down matters on crates only, and six keys do nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +155,8 @@ class Metadata:
     splits: Shards of "train", "val" and "test".
     made_by: Command, arguments, seeds and versions that made the dataset.
     tokens: Of a token dataset; None where there are frames.
+    same_actions: For each action that does the same as another, that other's name.
+    idle_action: Name of the action that does nothing, or None.
     """
 
     environment: str
@@ -162,6 +166,8 @@ class Metadata:
     splits: dict[str, tuple[Shard, ...]]
     made_by: dict[str, Any]
     tokens: TokenInfo | None = None
+    same_actions: dict[str, str] = dataclasses.field(default_factory=dict)
+    idle_action: str | None = None
 
     @property
     def num_actions(self) -> int:
@@ -202,6 +208,8 @@ def read_metadata(folder: str | Path) -> Metadata:
         if version != FORMAT_VERSION:
             raise InputError(f"{path}: format version {version}, expected {FORMAT_VERSION}; generate the data again")
         names, tokens = fields["action_names"], fields.get("tokens")
+        # Datasets of CoinRun from before these were stored.
+        same, idle = (COINRUN_SAME_ACTIONS, "NONE") if fields["environment"] == "coinrun" else ({}, None)
         return Metadata(
             environment=fields["environment"],
             frame_shape=tuple(fields["frame_shape"]),
@@ -210,6 +218,8 @@ def read_metadata(folder: str | Path) -> Metadata:
             splits={s: tuple(Shard(f["file"], f["lengths"]) for f in files) for s, files in fields["splits"].items()},
             made_by=fields["made_by"],
             tokens=TokenInfo(**tokens) if tokens else None,
+            same_actions=fields.get("same_actions", same),
+            idle_action=fields.get("idle_action", idle),
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged metadata ({error!r}); generate the data again") from error
