@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evaluation.measures import to_uint8
+from evaluation.clips import to_uint8
 from models.errors import InputError
 from models.genie import World, load_world, read_config
 from models.nn import Compute

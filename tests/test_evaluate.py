@@ -1,7 +1,9 @@
 """Every measure on cases with a known answer; evaluate.py as a whole."""
 
+import html
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,18 @@ import scipy
 from flax import nnx
 
 import evaluate
-from evaluation import measures as ev
-from evaluation.report import Chart, HeatMap, Line, Picture, Section, Table, svg_chart, ticks, write_report
+from evaluation import table
+from evaluation.actions import action_labels, measure_meaning, merge_actions
+from evaluation.charts import Chart, HeatMap, Line, chart_svg
+from evaluation.clips import choose_clips, digest, in_batches
+from evaluation.codes import mean_patches, measure_codes
+from evaluation.control import measure_control
+from evaluation.distribution import measure_distribution
+from evaluation.fidelity import frame_metrics
+from evaluation.measured import Measured, Picture, of_clips
+from evaluation.page import Section, Table, write_page
+from evaluation.rollouts import Player, measure_rollouts, play_on
+from evaluation.stability import measure_stability
 from evaluation.statistics import (
     adjusted_mutual_information,
     best_map,
@@ -29,14 +41,15 @@ from models.genie import CONFIG_VERSION, World, WorldConfig
 from models.nn import Compute
 from models.sampling import SamplingConfig, rollout
 from models.tokenizer import TokenizerConfig
-from tests.conftest import CACHE, FRAME, make_dataset, script
+from tests.conftest import CACHE, FRAME, ROOT, make_dataset, script
 from utils.data import ClipSource
+from utils.records import read_metadata
 
 rng = np.random.default_rng(0)
 B, T, A = 6, 10, 3
 TRUTH = rng.integers(0, 256, (B, T, *FRAME)).astype(np.uint8)
 ACTIONS = rng.integers(0, A, (B, T - 1))
-compare = ev.frame_metrics(None)
+compare = frame_metrics(None)
 
 
 def world_config(window: int = 6) -> WorldConfig:
@@ -114,29 +127,27 @@ def test_frame_metrics_on_known_pairs():
     b = np.clip(a.astype(int) + draw.integers(-40, 41, a.shape), 0, 255).astype(np.uint8)
     found = compare(a[None, None], b[None, None])
     # scikit-image with Wang's window: gaussian_weights, sigma 1.5, use_sample_covariance False.
-    np.testing.assert_allclose(found["psnr"], 20.99926561, rtol=1e-5)
-    np.testing.assert_allclose(found["ssim"], 0.95316053, atol=1e-4)
-    np.testing.assert_allclose(found["l1"], 0.07648974, rtol=1e-5)
+    np.testing.assert_allclose(found.psnr, 20.99926561, rtol=1e-5)
+    np.testing.assert_allclose(found.ssim, 0.95316053, atol=1e-4)
+    np.testing.assert_allclose(found.l1, 0.07648974, rtol=1e-5)
     same = compare(TRUTH, TRUTH)
-    np.testing.assert_allclose(
-        [same["psnr"], same["ssim"], 1 - same["l1"]], np.ones((3, B, T)) * [[[60]], [[1]], [[1]]]
-    )
+    np.testing.assert_allclose([same.psnr, same.ssim, 1 - same.l1], np.ones((3, B, T)) * [[[60]], [[1]], [[1]]])
 
 
 def test_noise_and_shifts_score_below_the_truth():
     smooth = np.linspace(0, 255, 16).astype(np.uint8)[None, None, None, :, None] * np.ones((2, 3, 16, 1, 3), np.uint8)
     shifted = compare(np.roll(smooth, 1, axis=3), smooth)
     noise = compare(TRUTH[:2, :3], smooth)
-    for name in ("psnr", "ssim"):
-        assert np.all(noise[name] < shifted[name])
-    assert np.all(shifted["psnr"] < 60)
+    assert np.all(noise.psnr < shifted.psnr)
+    assert np.all(noise.ssim < shifted.ssim)
+    assert np.all(shifted.psnr < 60)
 
 
 def test_joining_batches_changes_nothing():
     fn = lambda x, y: {"sum": x + y, "pair": (x,)}
     x, y = np.arange(7.0), np.ones(7)
     for size in (1, 3, 7, 10):
-        out = ev.in_batches(fn, size, x, y)
+        out = in_batches(fn, size, x, y)
         np.testing.assert_array_equal(out["sum"], x + 1)
         np.testing.assert_array_equal(out["pair"][0], x)
 
@@ -146,19 +157,19 @@ def test_joining_batches_changes_nothing():
 
 def test_clips_are_fixed_apart_and_spread(dataset):
     source = ClipSource(dataset, "val", 6)
-    clips = ev.choose_clips(source, 20, seed=3)
-    again = ev.choose_clips(source, 7, seed=3)
+    clips = choose_clips(source, 20, seed=3)
+    again = choose_clips(source, 7, seed=3)
     np.testing.assert_array_equal(clips.frames_BTHWC[:7], again.frames_BTHWC)
     np.testing.assert_array_equal(clips.actions_BT[:7], again.actions_BT)
-    assert (ev.choose_clips(source, 7, seed=4).frames_BTHWC != again.frames_BTHWC).any()
+    assert (choose_clips(source, 7, seed=4).frames_BTHWC != again.frames_BTHWC).any()
     # 24 records: so many clips are from as many records, and the background tells which.
-    first = ev.choose_clips(source, 24, seed=0).frames_BTHWC
+    first = choose_clips(source, 24, seed=0).frames_BTHWC
     assert len(np.unique(first[:, 0, 0], axis=0)) == 24
     # Records of 12 frames hold two windows, which do not overlap; there are no more than that.
-    everything = ev.choose_clips(source, 1000, seed=0).frames_BTHWC
+    everything = choose_clips(source, 1000, seed=0).frames_BTHWC
     assert len(everything) == sum(n // 6 for n in (6 + j % 7 for j in range(24)))
     frames = everything.reshape(-1, *FRAME)
-    assert ev.digest(everything) == ev.digest(everything.copy()) != ev.digest(frames[1:])
+    assert digest(everything) == digest(everything.copy()) != digest(frames[1:])
 
 
 # Rollouts
@@ -168,7 +179,7 @@ def test_playing_equals_the_rollout_of_each_clip_alone():
     """Whatever the batch: three clips in batches of two."""
     world = World(world_config(), Compute(), nnx.Rngs(0))
     cfg, frames, actions = SamplingConfig(steps=2), TRUTH[:3, :2], ACTIONS[:3, :8] % 2
-    played = ev.Player(world, cfg, 2, seed=5)(frames, actions)
+    played = Player(world, cfg, 2, seed=5)(frames, actions)
     for b in range(3):
         key = jax.random.fold_in(jax.random.key(5), b)
         single = rollout(world, jnp.asarray(frames[b : b + 1]) / 255, jnp.asarray(actions[b : b + 1]), key, cfg)
@@ -190,11 +201,9 @@ def ignorant(prompt, actions, numbers=None):
 
 
 def measured(play):
-    results = ev.Results()
-    reconstructed = compare(TRUTH // 2, TRUTH)
-    played = ev.measure_rollouts(results, play, compare, TRUTH, ACTIONS, reconstructed)
-    ev.measure_control(results, play, compare, TRUTH, ACTIONS, played[1], A, seed=0)
-    return results
+    played = play_on(play, TRUTH, ACTIONS)
+    rollouts = measure_rollouts(compare, TRUTH, played, compare(TRUTH // 2, TRUTH))
+    return rollouts | measure_control(play, compare, TRUTH, ACTIONS, played[1], A, seed=0)
 
 
 def test_an_oracle_scores_best_and_an_ignorant_world_has_no_control():
@@ -213,8 +222,7 @@ def test_an_oracle_scores_best_and_an_ignorant_world_has_no_control():
 
 
 def test_curves_have_the_horizons_and_lpips_is_not_zero_but_unknown():
-    results = measured(oracle)
-    metrics = results.to_json()
+    metrics = measured(oracle).to_json()
     assert metrics["per_horizon"]["rollout_psnr"]["mean"] == [60.0] * (T - 1)
     assert len(metrics["per_horizon"]["rollout_4_psnr"]["mean"]) == T - 4
     assert metrics["rollout_lpips"] is None
@@ -227,9 +235,7 @@ def test_curves_have_the_horizons_and_lpips_is_not_zero_but_unknown():
 
 
 def meaning(latent, true, num_latent=4, names=("L", "R", "N")):
-    results = ev.Results()
-    ev.measure_meaning(results, latent, true, num_latent, names, seed=0)
-    return results
+    return measure_meaning(latent, true, num_latent, names, seed=0)
 
 
 def test_perfect_latent_actions_are_understood_and_shuffled_ones_are_not():
@@ -244,26 +250,35 @@ def test_perfect_latent_actions_are_understood_and_shuffled_ones_are_not():
     assert noise.figures["action_accuracy_majority"].n == 80
     few = meaning(true[:8], true[:8])
     assert math.isnan(few.details["latent_actions"]["accuracy"]["1000"].mean)
-    labels = ev.action_labels(perfect.details["latent_actions"]["table"], ["L", "R", "N"])
-    assert [label["name"] for label in labels] == ["", "L", "R", "N"]
-    assert [label["share"] for label in labels] == [0, 1, 1, 1]
-    assert sum(label["count"] for label in labels) == true.size
+    labels = action_labels(perfect.details["latent_actions"]["table"], ["L", "R", "N"])
+    assert [label.name for label in labels] == ["", "L", "R", "N"]
+    assert [label.share for label in labels] == [0, 1, 1, 1]
+    assert sum(label.count for label in labels) == true.size
 
 
-def test_coinruns_equal_actions_are_merged():
-    from generate_dataset import ACTION_NAMES
+def test_coinruns_equal_actions_are_merged(tmp_path):
+    """Also in a dataset from before its metadata said which are equal."""
+    moves = ("LEFT+DOWN", "LEFT", "LEFT+UP", "DOWN", "NONE", "UP", "RIGHT+DOWN", "RIGHT", "RIGHT+UP")
+    fields = {"frame_shape": FRAME, "fps": 15, "action_names": [*moves, *"DAWSQE"], "splits": {}, "made_by": {}}
 
-    names, merged = ev.merge_actions(ACTION_NAMES, "coinrun")
+    def metadata(**changes):
+        (tmp_path / "metadata.json").write_text(json.dumps({"format_version": 1} | fields | changes))
+        return read_metadata(tmp_path)
+
+    coinrun, another = metadata(environment="coinrun"), metadata(environment="another")
+    names, merged = merge_actions(coinrun.action_names, coinrun.same_actions)
     assert names == ["LEFT", "LEFT+UP", "NONE", "UP", "RIGHT", "RIGHT+UP"]
     np.testing.assert_array_equal(merged, [0, 0, 1, 2, 2, 3, 4, 4, 5, 2, 2, 2, 2, 2, 2])
-    assert ev.merge_actions(ACTION_NAMES, "another")[0] == list(ACTION_NAMES)
+    assert merge_actions(another.action_names, another.same_actions).names == fields["action_names"]
+    said = metadata(environment="another", same_actions={"UP": "NONE"})
+    names, merged = merge_actions(said.action_names, said.same_actions)
+    assert "UP" not in names
+    assert merged[5] == merged[4]
 
 
 def test_codebooks_used_evenly_and_hardly():
-    results = ev.Results()
     even = np.tile(np.arange(8), (5, 2, 3))
-    ev.measure_codes(results, "even", even, 8)
-    ev.measure_codes(results, "single", np.zeros((5, 2, 3), int), 8)
+    results = measure_codes("even", even, 8) | measure_codes("single", np.zeros((5, 2, 3), int), 8)
     assert results.figures["even_codebook_usage"].mean == 1
     assert results.figures["even_codebook_perplexity"].mean == pytest.approx(8)
     assert results.figures["single_codebook_usage"].mean == 1 / 8
@@ -275,8 +290,7 @@ def test_pictures_of_codes_are_their_mean_patches():
     frames = np.zeros((1, 1, 4, 4, 3), np.uint8)
     frames[..., 2:, :] = 200
     frames[..., :2, :2, :] = 100
-    tokens, counts = np.array([[[0, 2, 0, 2]]]), np.array([2, 0, 2])
-    pictures = ev.code_pictures(frames, tokens, counts, 2)
+    pictures = mean_patches(frames, np.array([[[0, 2, 0, 2]]]), 3, 2)
     assert pictures.shape == (2, 2, 2, 3)
     assert (pictures[0] == 50).all()
     assert (pictures[1] == 200).all()
@@ -289,43 +303,67 @@ def test_distances_of_frames_rank_noise_above_real_clips():
     from tests.test_perceptual import random_lpips
 
     smooth = np.clip(TRUTH // 16 + np.linspace(0, 200, 16).astype(np.uint8)[:, None], 0, 255).astype(np.uint8)
-    results = ev.Results()
-    ev.measure_distribution(results, TRUTH[:3], smooth[:3], smooth[3:], None, random_lpips(), 2)
-    found = results.figures
+    found = measure_distribution(TRUTH[:3], smooth[:3], smooth[3:], None, random_lpips(), 2).figures
     assert found["frame_distance"].mean > 3 * found["frame_distance_floor"].mean > 0
     assert math.isnan(found["fvd"].mean)
-    ev.measure_distribution(results, TRUTH[:1], TRUTH[:1], TRUTH[1:2], None, None, 2)
-    assert results.to_json()["frame_distance"] is None
+    lone = measure_distribution(TRUTH[:1], TRUTH[:1], TRUTH[1:2], None, random_lpips(), 2)
+    assert lone.to_json()["frame_distance"] is None
 
 
 def test_stability_of_still_and_of_noisy_rollouts():
     real = np.full((3, 4, 8, 8, 3), 100, np.uint8)
     real[:, :, :, ::2] = 110
-    still, noisy = ev.Results(), ev.Results()
-    ev.measure_stability(still, real[:2].repeat(3, axis=1), real)
-    ev.measure_stability(noisy, rng.integers(128, 256, (2, 12, 8, 8, 3)).astype(np.uint8), real)
+    still = measure_stability(real[:2].repeat(3, axis=1), real)
+    noisy = measure_stability(rng.integers(128, 256, (2, 12, 8, 8, 3)).astype(np.uint8), real)
     assert still.figures["long_rollout_unchanged"].mean == 1
     assert still.figures["long_rollout_colour_distance"].mean == 0
     assert still.figures["long_rollout_sharpness"].mean == still.figures["real_sharpness"].mean == pytest.approx(5)
     assert noisy.figures["long_rollout_unchanged"].mean < 0.1
     assert noisy.figures["long_rollout_colour_distance"].mean == pytest.approx(1)
     assert noisy.figures["long_rollout_sharpness"].mean > 20
-    assert len(noisy.curves["long_rollout_sharpness"][1]) == 11
+    assert len(noisy.curves["long_rollout_sharpness"].figures) == 11
 
 
-# Reports
+# The table of metrics, reports
+
+
+def test_measures_join_unless_they_share_a_name():
+    a, b = of_clips("a", np.arange(3.0)), of_clips("b", np.arange(4.0))
+    joined = a | b | Measured(details={"note": 1})
+    assert list(joined.figures) == ["a", "b"]
+    assert list(a.figures) == ["a"]
+    assert joined.to_json()["per_clip"] == {"a": [0, 1, 2], "b": [0, 1, 2, 3]}
+    with pytest.raises(ValueError, match="figures measured twice: a"):
+        _ = joined | a
+
+
+def test_the_documented_table_is_the_tables():
+    """docs/evaluation.md holds what `python -m evaluation.table` prints."""
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    documented = re.search(r"<!-- begin: python -m evaluation.table -->(.*)<!-- end -->", page, re.DOTALL)
+    assert documented[1].strip() == table.reference()
+
+
+def test_rows_of_the_table_say_how_they_are_shown():
+    assert table.METRICS["rollout_psnr"].title == "PSNR: rollout from 1 frame, dB ↑"
+    assert table.METRICS["copy_last_frame_psnr"].arrow == ""  # no model makes it better
+    assert table.METRICS["fvd"].title == "FVD of rollouts ↓"
+    metrics = of_clips("rollout_psnr", np.array([20.0, 22.0])).to_json()
+    assert table.headlines(metrics).splitlines()[2] == "| PSNR: rollout from 1 frame, dB ↑ | 21.00 ± 12.71 |"
 
 
 def test_reports_hold_everything_and_escape(tmp_path):
     line = Line("<a>", [1, 10, 100], [1.0, None, 3.0], [0.5, None, None], [1.5, None, None])
     blocks = [
         Table(["", "x"], [["<b>", "1"]]),
-        Chart("chart", "n", [line], log_x=True),
+        Chart("chart", "labelled", [line], log_x=True),
         HeatMap("map", ["r"], ["c", "d"], np.array([[0.25, 0.75]])),
         Picture("dot", np.zeros((2, 2, 3), np.uint8), "a dot"),
     ]
-    write_report(tmp_path, "A & B", [Section("One", "text", blocks)])
+    write_page(tmp_path, "A & B", [Section("One", "text", blocks)])
     page = (tmp_path / "report.html").read_text()
+    assert "A &amp; B" in page
+    assert page.index("a dot") < page.index("labelled") < page.index("</html>")
     assert page.count("<svg") == page.count("</svg>") == 2
     assert "data:image/png;base64," in page
     assert "<b>" not in page
@@ -333,13 +371,23 @@ def test_reports_hold_everything_and_escape(tmp_path):
     assert "http" not in page
     assert "![a dot](pictures/dot.png)" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "pictures" / "dot.png").is_file()
+    # Written again, the same bytes; and no id twice, however many charts there are.
+    write_page(tmp_path / "again", "A & B", [Section("One", "text", blocks)])
+    assert (tmp_path / "again" / "report.html").read_text() == page
+    two = "".join(chart_svg(Chart(title, "n", [line])) for title in ("a", "b"))
+    ids = re.findall(r' id="([^"]*)"', two)
+    assert len(ids) == len(set(ids)) > 0
+    assert set(re.findall(r"#([a-z][0-9a-f]{10})\b", two)) <= set(ids)
 
 
 def test_charts_survive_odd_values():
-    assert svg_chart(Chart("empty", "x", [Line("a", [1], [None])])) == ""
-    assert "<circle" in svg_chart(Chart("point", "x", [Line("a", [3], [2.0])]))
-    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert ticks(-3, 47) == [0, 10, 20, 30, 40]
+    assert chart_svg(Chart("empty", "x", [Line("a", [1], [None])])) == ""
+    line = chart_svg(Chart("line", "x", [Line("a", [3, 4], [2.0, 3.0])]))
+    point = chart_svg(Chart("point", "x", [Line("a", [3], [2.0]), Line("unknown", [3], [None])]))
+    assert "<use" in point  # a dot, where a line has no length
+    assert "<use" not in line
+    assert "unknown" not in point
+    assert "$5 < 6$" in html.unescape(chart_svg(Chart("$5 < 6$", "x", [Line("a", [3], [2.0])])))
 
 
 # The script
@@ -367,6 +415,7 @@ def test_a_world_is_measured_twice_alike(trained, dataset, tmp_path):
     for name in REQUIRED:
         assert math.isfinite(metrics[name])
         assert metrics["intervals"][name]["n"] >= 1
+    assert set(metrics["intervals"]) <= set(table.METRICS)
     assert metrics["split"] == "val"
     assert len(metrics["per_horizon"]["rollout_psnr"]["mean"]) == 5
     assert len(json.loads((trained["world"] / "action_labels.json").read_text())) == 3
@@ -396,6 +445,7 @@ def test_comparing_marks_what_differs(trained, dataset, tmp_path, capsys):
     starred = [row for row in capsys.readouterr().out.splitlines()[:-1] if row.endswith("*")]
     assert [row.split()[0] for row in starred] == ["tokenizer_psnr"]
     assert "+1.03" in starred[0]
+    assert "dB ↑" in starred[0]
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(InputError, match=r"b\.json: not a metrics\.json"):
         evaluate.main(evaluate.Config(compare=(str(tmp_path / "a" / "metrics.json"), str(tmp_path / "b.json"))))
@@ -443,7 +493,7 @@ def test_wrong_inputs_are_named(trained, tmp_path):
     other = make_dataset(tmp_path / "other", shape=(24, 24, 3), clips=3)
     with pytest.raises(InputError, match=r"\(24, 24, 3\)"):
         evaluate.main(config(trained["tokenizer"], other, tmp_path))
-    with pytest.raises(InputError, match="--num_clips -1"):
+    with pytest.raises(InputError, match="`num_clips` -1"):
         evaluate.Config(num_clips=-1)
     with pytest.raises(InputError, match="no checkpoint"):
         evaluate.main(config(tmp_path / "none", other, tmp_path))

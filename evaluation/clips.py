@@ -1,0 +1,82 @@
+"""Clips: on which a model is measured, and how arrays of them go through it.
+
+Frames are uint8 (B, T, H, W, C) in this room, as they are shown and stored; models and metrics take them as float32 in
+[0, 1].
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from utils.data import ClipSource
+
+
+class Clips(NamedTuple):
+    """The clips of an evaluation.
+
+    frames_BTHWC: uint8.
+    actions_BT: int32, `actions_BT[:, t]` leads to frame t + 1; None where the dataset has none.
+    """
+
+    frames_BTHWC: np.ndarray
+    actions_BT: np.ndarray | None
+
+
+def choose_clips(source: ClipSource, num_clips: int, seed: int) -> Clips:
+    """Draws windows of `source.seq_len` frames that do not overlap, spread over as many records as possible.
+
+    A function of the dataset, `num_clips` and `seed` alone; fewer clips are the first of more. Gives what there is
+    where that is less than `num_clips`.
+    """
+    T, rng = source.seq_len, np.random.default_rng(seed)
+    shards = source.metadata.splits[source.split]
+    lengths = [n for shard in shards for n, count in shard.lengths if n >= T for _ in range(count)]
+    # Each record's windows in random order; all first ones come before all second ones.
+    places = []
+    for record, length in enumerate(lengths):
+        for turn, slot in enumerate(rng.permutation(length // T)):
+            places.append((turn, rng.random(), record, (slot * T + 0.5) / (length - T + 1)))
+    chosen = sorted(places)[:num_clips]
+    batch = source.windows([place[2] for place in chosen], [place[3] for place in chosen])
+    return Clips(batch.frames_BTHWC, batch.actions_BT)
+
+
+def digest(frames: np.ndarray) -> str:
+    """Names a set of clips: equal digests, equal frames."""
+    return hashlib.sha256(frames.tobytes()).hexdigest()[:16]
+
+
+def to_float(frames: Any) -> jax.Array:
+    """uint8 to float32 in [0, 1]."""
+    return jnp.asarray(frames).astype(jnp.float32) / 255
+
+
+def to_uint8(frames: jax.Array) -> jax.Array:
+    """About [0, 1] to uint8."""
+    return (jnp.clip(frames, 0, 1) * 255 + 0.5).astype(jnp.uint8)
+
+
+def jitted(model: nnx.Module, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn(model, *arrays)` compiled, with the model bound."""
+    graphdef, variables = nnx.split(model)
+    compiled = jax.jit(lambda variables, *arrays: fn(nnx.merge(graphdef, variables), *arrays))
+    return lambda *arrays: compiled(variables, *arrays)
+
+
+def in_batches(fn: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> Any:
+    """Applies `fn` to slices of `batch_size` rows and joins what it returns.
+
+    The last slice is filled up with its first row: one shape means one compilation.
+    """
+    n, parts = len(arrays[0]), []
+    for start in range(0, n, batch_size):
+        slices = [array[start : start + batch_size] for array in arrays]
+        kept = len(slices[0])
+        filled = [np.concatenate([x, np.repeat(x[:1], batch_size - kept, axis=0)]) for x in slices]
+        parts.append(jax.tree.map(lambda x, kept=kept: np.asarray(x)[:kept], fn(*filled)))
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)

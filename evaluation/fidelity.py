@@ -1,0 +1,118 @@
+"""Fidelity: how near frames are to the true ones."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evaluation.clips import in_batches, jitted, to_float, to_uint8
+from evaluation.measured import Curve, Measured, curve
+from evaluation.perceptual import LPIPS
+from evaluation.statistics import NOT_MEASURED, Figure, figure
+from models.lam import LAM
+from models.tokenizer import Tokenizer
+from utils.metrics import psnr, ssim
+
+CHUNK = 64  # frames compared at a time
+
+
+class Scores(NamedTuple):
+    """Of the frames of one video against those of another, each (B, T); LPIPS is None without its network."""
+
+    psnr: np.ndarray
+    ssim: np.ndarray
+    l1: np.ndarray
+    lpips: np.ndarray | None
+    mse: np.ndarray
+
+    def cut(self, clips: slice, frames: slice = slice(None)) -> "Scores":
+        """Those of some clips and frames."""
+        return jax.tree.map(lambda x: x[clips, frames], self)
+
+
+Compare = Callable[[np.ndarray, np.ndarray], Scores]
+"""From two videos (B, T, H, W, C), uint8, to the scores of their frames."""
+
+
+def frame_metrics(lpips: LPIPS | None) -> Compare:
+    """Makes the function that compares frames."""
+
+    def metrics(lpips, a, b):
+        a, b = to_float(a), to_float(b)
+        mse, l1 = jnp.mean(jnp.square(a - b), axis=(1, 2, 3)), jnp.mean(jnp.abs(a - b), axis=(1, 2, 3))
+        return psnr(a, b), ssim(a, b), l1, lpips(a, b) if lpips else None, mse
+
+    compiled = jitted(lpips, metrics) if lpips else jax.jit(lambda a, b: metrics(None, a, b))
+
+    def compare(a: np.ndarray, b: np.ndarray) -> Scores:
+        flat = [np.reshape(x, (-1, *x.shape[2:])) for x in (a, b)]
+        return Scores(*jax.tree.map(lambda x: x.reshape(a.shape[:2]), in_batches(compiled, CHUNK, *flat)))
+
+    return compare
+
+
+def pooled_psnr(mse_B: np.ndarray) -> Figure:
+    """PSNR in dB of the mean over clips of their mean squared errors, with that mean's interval."""
+    error = figure(mse_B)
+    mean, low, high = (-10 * math.log10(max(x, 1e-6)) for x in (error.mean, error.high, error.low))
+    return Figure(mean, low, high, error.n)
+
+
+def measure_fidelity(subject: str, scores: Scores, first: int = 1, pooled: bool = False) -> Measured:
+    """Figure and curve of each frame metric.
+
+    Args:
+      subject: Begins the names, for instance "rollout": rollout_psnr.
+      first: Number of the first frame.
+      pooled: PSNR of the mean error over clips, not the mean of their PSNRs, in which scenes where nothing moves would
+        drown the others (a repeated frame is perfect there).
+    """
+    figures, per_clip, curves = {}, {}, {}
+    for metric in ("psnr", "ssim", "l1", "lpips"):
+        name, values_BT = f"{subject}_{metric}", getattr(scores, metric)
+        if values_BT is None:
+            figures[name] = NOT_MEASURED
+            continue
+        per_clip[name] = values_BT.mean(axis=1)
+        figures[name], curves[name] = figure(per_clip[name]), curve(values_BT, first)
+    if pooled:
+        figures[f"{subject}_psnr"] = pooled_psnr(scores.mse.mean(axis=1))
+        curves[f"{subject}_psnr"] = Curve(first, [pooled_psnr(column) for column in scores.mse.T])
+    return Measured(figures, per_clip, curves)
+
+
+class Reconstruction(NamedTuple):
+    """What a tokenizer makes of clips: uint8 frames and int32 tokens."""
+
+    frames_BTHWC: np.ndarray
+    tokens_BTN: np.ndarray
+
+
+def reconstruct(tokenizer: Tokenizer, frames: np.ndarray, batch_size: int) -> Reconstruction:
+    """Frames through the tokenizer and back."""
+
+    def forward(tokenizer, frames):
+        out = tokenizer(to_float(frames))
+        return to_uint8(out.frames_BTHWC), out.tokens_BTN
+
+    return Reconstruction(*in_batches(jitted(tokenizer, forward), batch_size, frames))
+
+
+class Inference(NamedTuple):
+    """What a LAM makes of clips: uint8 predictions of frames 1 ... T - 1 and the latent actions that led to them."""
+
+    next_frames_BTm1HWC: np.ndarray
+    actions_BTm1: np.ndarray
+
+
+def infer(lam: LAM, frames: np.ndarray, batch_size: int) -> Inference:
+    """Frames through the LAM."""
+
+    def forward(lam, frames):
+        out = lam(to_float(frames))
+        return to_uint8(out.next_frames_BTm1HWC), out.actions_BTm1
+
+    return Inference(*in_batches(jitted(lam, forward), batch_size, frames))

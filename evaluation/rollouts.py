@@ -1,0 +1,114 @@
+"""Rollouts: how a world is played, and how near its rollouts are to the clips they began from."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from evaluation.clips import in_batches, jitted, to_float, to_uint8
+from evaluation.fidelity import Compare, Scores, measure_fidelity
+from evaluation.measured import Measured
+from models.genie import World
+from models.sampling import SamplingConfig, next_frame, start_rollout
+
+PROMPTS = (1, 4)  # frames that rollouts start from
+
+Play = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""From prompts and actions to the frames that follow: `Player.__call__`, or what stands in for it."""
+
+
+class Player:
+    """Plays a world. A single step is compiled, and serves rollouts of every length.
+
+    What a clip becomes depends on the seed, the clip's number, its prompt and its actions; the batch size changes
+    nothing. The same clip with other actions meets the same noise, so that a difference is the actions'.
+    """
+
+    def __init__(self, world: World, sampling: SamplingConfig, batch_size: int, seed: int):
+        self.num_actions, self.batch_size = world.num_actions, batch_size
+        self._frames, self._seconds = 0, 0.0  # since the step was compiled
+        self._warm = False
+
+        def start(world, prompt_BTHWC, actions_BTm1):
+            one = lambda prompt, actions: start_rollout(world, to_float(prompt)[None], actions[None])
+            axes = _axes(jax.eval_shape(one, prompt_BTHWC[0], actions_BTm1[0]))
+            return jax.vmap(one, out_axes=axes)(prompt_BTHWC, actions_BTm1)
+
+        def step(world, state, action_B, number_B):
+            def one(state, action, number):
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), state.frame)
+                frame_1HWC, state = next_frame(world, state, action[None], key, sampling)
+                return to_uint8(frame_1HWC[0]), state
+
+            axes = _axes(state)
+            return jax.vmap(one, in_axes=(axes, 0, 0), out_axes=(0, axes))(state, action_B, number_B)
+
+        self._start, self._step = jitted(world, start), jitted(world, step)
+
+    @property
+    def frames_per_second(self) -> float:
+        """Of all rollouts so far, without compiling."""
+        return self._frames / self._seconds
+
+    def __call__(self, prompt: np.ndarray, actions: np.ndarray, numbers: np.ndarray | None = None) -> np.ndarray:
+        """The frames that follow a prompt.
+
+        Args:
+          prompt: T frames.
+          actions: (B, S); `actions[:, t]` leads to frame t + 1, the first T - 1 between prompt frames.
+          numbers: (B,), of the clips; their rows by default.
+        Returns:
+          S + 1 - T frames.
+        """
+        numbers = np.arange(len(prompt)) if numbers is None else numbers
+        return in_batches(self._play, self.batch_size, prompt, actions.astype(np.int32), numbers.astype(np.int32))
+
+    def _play(self, prompt: np.ndarray, actions: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        T = prompt.shape[1]
+        state = self._start(prompt, actions[:, : T - 1])
+        if not self._warm:  # compiling is not counted
+            self._step(state, actions[:, T - 1], numbers)
+            self._warm = True
+        frames, began = [], time.perf_counter()
+        for t in range(T - 1, actions.shape[1]):
+            frame, state = self._step(state, actions[:, t], numbers)
+            frames.append(frame)
+        video = np.stack([np.asarray(frame) for frame in frames], axis=1)
+        self._frames += video.shape[0] * video.shape[1]
+        self._seconds += time.perf_counter() - began
+        return video
+
+
+def _axes(state: Any) -> Any:
+    """Axes of the clips in a rollout's state; the frame number is the same for all of them."""
+    return jax.tree.map(lambda _: 0, state)._replace(frame=None)
+
+
+def play_on(play: Play, truth: np.ndarray, actions: np.ndarray) -> dict[int, np.ndarray]:
+    """Plays clips on from their first frames with actions (B, Tm1): predicted frames by number of prompt frames."""
+    return {prompt: play(truth[:, :prompt], actions) for prompt in PROMPTS if prompt < truth.shape[1]}
+
+
+def measure_rollouts(
+    compare: Compare, truth: np.ndarray, played: Mapping[int, np.ndarray], reconstruction: Scores
+) -> Measured:
+    """Fidelity of rollouts, between two lines on the same frames.
+
+    The lines are the last prompt frame repeated, and the tokenizer's reconstruction of the truth.
+
+    Args:
+      played: What `play_on` gives.
+      reconstruction: Of all frames of the clips.
+    """
+    measured = Measured()
+    for prompt, predicted in played.items():
+        mark = "" if prompt == 1 else f"_{prompt}"
+        future = truth[:, prompt:]
+        copy = np.broadcast_to(truth[:, prompt - 1 : prompt], future.shape)
+        measured |= measure_fidelity(f"rollout{mark}", compare(predicted, future), pooled=True)
+        measured |= measure_fidelity(f"copy_last_frame{mark}", compare(copy, future), pooled=True)
+        rest = reconstruction.cut(slice(None), slice(prompt, None))
+        measured |= measure_fidelity(f"reconstruction{mark}", rest, pooled=True)
+    return measured

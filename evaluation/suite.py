@@ -1,0 +1,195 @@
+"""The measures that a tokenizer, a LAM and a world take; a new measure is called from here."""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple, Self
+
+import jax
+import numpy as np
+
+from evaluation.actions import (
+    LABELLED,
+    ActionLabel,
+    action_labels,
+    measure_meaning,
+    merge_actions,
+    true_action_labels,
+)
+from evaluation.clips import Clips, choose_clips
+from evaluation.codes import code_sheet, mean_patches, measure_codes
+from evaluation.control import action_sweep, measure_control, random_actions
+from evaluation.distribution import measure_distribution
+from evaluation.fidelity import Compare, Scores, frame_metrics, infer, measure_fidelity, reconstruct
+from evaluation.measured import Measured, of_picture
+from evaluation.perceptual import LPIPS, load_i3d, load_lpips
+from evaluation.rollouts import Player, measure_rollouts, play_on
+from evaluation.stability import measure_stability
+from models.errors import InputError
+from models.genie import World
+from models.lam import LAM
+from models.tokenizer import Tokenizer
+from utils.data import ClipSource
+from utils.video import strip
+
+SHOWN_CLIPS = 4  # in a picture
+LARGEST_I3D_BATCH = 16  # clips: their frames are enlarged to 224 × 224
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How much is measured, and by what. Zeros stand for defaults by device."""
+
+    num_clips: int = 0
+    """Clips to measure on, or all if there are fewer; 0: 64, on a CPU 32."""
+    rollout_clips: int = 0
+    """How many of them to roll out; 0: all, on a CPU 8."""
+    fvd_clips: int = 0
+    """Clips for FVD and the frame distance, and as many others to compare with; 0, and at most: --rollout_clips."""
+    long_frames: int = 0
+    """Frames of the long rollouts; 0: 500, on a CPU 32."""
+    batch_size: int = 0
+    """Clips at a time, which changes speed and memory alone; 0: 64, on a CPU 4."""
+    perceptual_net: Literal["alexnet", "vgg16"] = "alexnet"
+    """Network of LPIPS and of the frame distance."""
+    seed: int = 0
+    """Of the choice of clips and of sampling."""
+
+    def __post_init__(self):
+        for name in ("num_clips", "rollout_clips", "fvd_clips", "long_frames", "batch_size"):
+            if getattr(self, name) < 0:
+                raise InputError(f"`{name}` {getattr(self, name)}: must be positive, or 0 for the default")
+
+    def with_defaults(self) -> Self:
+        """Fills in what depends on the device."""
+        cpu = jax.default_backend() == "cpu"
+        num_clips = self.num_clips or (32 if cpu else 64)
+        rollout_clips = min(num_clips, self.rollout_clips or (8 if cpu else num_clips))
+        return dataclasses.replace(
+            self,
+            num_clips=num_clips,
+            rollout_clips=rollout_clips,
+            fvd_clips=min(rollout_clips, self.fvd_clips or rollout_clips),
+            long_frames=self.long_frames or (32 if cpu else 500),
+            batch_size=self.batch_size or (4 if cpu else 64),
+        )
+
+
+class Bench(NamedTuple):
+    """What all measures of an evaluation share.
+
+    plan: Without zeros, and with no more clips than there are.
+    pool: Clips, more than are measured: others to compare real clips with, and enough labelled transitions.
+    """
+
+    plan: Plan
+    source: ClipSource
+    pool: Clips
+    lpips: LPIPS | None
+    compare: Compare
+
+    @property
+    def truth(self) -> np.ndarray:
+        """The frames to measure on."""
+        return self.pool.frames_BTHWC[: self.plan.num_clips]
+
+
+def set_up(plan: Plan, source: ClipSource) -> Bench:
+    """Reads the clips and the network of LPIPS."""
+    plan = plan.with_defaults()
+    labelled = math.ceil(2 * LABELLED[-1] / (source.seq_len - 1))
+    pool = choose_clips(source, max(2 * plan.num_clips, labelled), plan.seed)
+    found = len(pool.frames_BTHWC)
+    plan = dataclasses.replace(plan, num_clips=min(plan.num_clips, found), rollout_clips=min(plan.rollout_clips, found))
+    lpips = load_lpips(plan.perceptual_net)
+    return Bench(plan, source, pool, lpips, frame_metrics(lpips))
+
+
+def measure_tokenizer(bench: Bench, tokenizer: Tokenizer) -> tuple[Measured, Scores]:
+    """Reconstructions and the codebook; the second result holds the scores of each reconstructed frame."""
+    truth, cfg = bench.truth, tokenizer.cfg
+    frames, tokens = reconstruct(tokenizer, truth, bench.plan.batch_size)
+    scores = bench.compare(frames, truth)
+    measured = measure_fidelity("tokenizer", scores, first=0)
+    measured |= measure_codes("tokenizer", tokens, cfg.num_codes)
+    measured |= code_sheet(mean_patches(truth, tokens, cfg.num_codes, cfg.patch_size))
+    measured |= _pairs("reconstructions", truth, frames, "Truth over the tokenizer's reconstruction.")
+    return measured, scores
+
+
+class MeasuredLAM(NamedTuple):
+    """What was measured of a LAM.
+
+    actions_BTm1: Latent actions of the whole pool.
+    labels: Of the latent actions, where the dataset knows the true ones.
+    """
+
+    measured: Measured
+    actions_BTm1: np.ndarray
+    labels: list[ActionLabel] | None
+
+
+def measure_lam(bench: Bench, lam: LAM) -> MeasuredLAM:
+    """Next frames, codebook and meaning of latent actions."""
+    plan, truth, metadata = bench.plan, bench.truth, bench.source.metadata
+    frames, actions = infer(lam, bench.pool.frames_BTHWC, plan.batch_size)
+    measured = measure_fidelity("lam", bench.compare(frames[: len(truth)], truth[:, 1:]))
+    measured |= measure_codes("lam", actions, lam.cfg.num_codes)
+    if not metadata.action_names or bench.pool.actions_BT is None:
+        return MeasuredLAM(measured, actions, None)
+    names, index_A = merge_actions(metadata.action_names, metadata.same_actions)
+    meaning = measure_meaning(actions, index_A[bench.pool.actions_BT[:, :-1]], lam.cfg.num_codes, names, plan.seed)
+    labels = action_labels(meaning.details["latent_actions"]["table"], names)
+    return MeasuredLAM(measured | meaning, actions, labels)
+
+
+def true_actions(bench: Bench, world: World) -> tuple[np.ndarray, list[ActionLabel]]:
+    """The dataset's own actions of the whole pool (B, Tm1), for a world that was trained on such, and their labels.
+
+    Raises:
+      InputError: The dataset has none, or has others.
+    """
+    names, actions = bench.source.metadata.action_names, bench.pool.actions_BT
+    if actions is None or names is None or len(names) != world.num_actions:
+        raise InputError(
+            f"`data_dir` {bench.source.folder}: this world was trained on true actions, which are missing here"
+        )
+    return actions[:, :-1], true_action_labels(actions, names)
+
+
+def measure_world(
+    bench: Bench, play: Player, actions: np.ndarray, reconstruction: Scores, labels: list[ActionLabel] | None
+) -> Measured:
+    """Everything that takes rollouts.
+
+    Args:
+      actions: (B, Tm1), those of the whole pool, for the world to play.
+      reconstruction: What `measure_tokenizer` gives.
+      labels: Of the actions, for a picture.
+    """
+    plan, everything = bench.plan, bench.pool.frames_BTHWC
+    n, num_actions = plan.rollout_clips, play.num_actions
+    truth, actions = everything[:n], actions[:n]
+
+    played = play_on(play, truth, actions)
+    measured = measure_rollouts(bench.compare, truth, played, reconstruction.cut(slice(n)))
+    measured |= measure_control(play, bench.compare, truth, actions, played[1], num_actions, plan.seed)
+
+    rollouts = np.concatenate([truth[:, :1], played[1]], axis=1)
+    caption = "Truth over rollouts from the first frame with the truth's actions."
+    measured |= _pairs("rollouts", truth, rollouts, caption)
+    names = [label.name for label in labels] if labels else [""] * num_actions
+    measured |= action_sweep(play, truth[0, 0], truth.shape[1] - 1, names)
+
+    m = min(plan.fvd_clips, len(truth), len(everything) // 2)
+    others, size = everything[len(everything) - m :], min(plan.batch_size, LARGEST_I3D_BATCH)
+    measured |= measure_distribution(rollouts[:m], truth[:m], others, load_i3d(), bench.lpips, size)
+
+    prompts = truth[: plan.batch_size, :1]
+    random = random_actions(len(prompts), plan.long_frames, num_actions, plan.seed + 1)
+    measured |= measure_stability(np.concatenate([prompts, play(prompts, random)], axis=1), everything)
+    return measured | Measured(details={"long_frames": plan.long_frames})
+
+
+def _pairs(name: str, truth: np.ndarray, frames: np.ndarray, caption: str) -> Measured:
+    rows = [row for pair in zip(truth[:SHOWN_CLIPS], frames[:SHOWN_CLIPS], strict=True) for row in pair]
+    return of_picture(name, strip(rows), caption)
