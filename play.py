@@ -10,35 +10,23 @@ up. Of requests that come faster than frames, the latest counts.
 import asyncio
 import dataclasses
 import os
-import socket
 import sys
-import webbrowser
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
 import tyro
-from aiohttp import WSCloseCode, web
 
 from models.errors import InputError
 from models.genie import load_world, read_config
 from models.nn import Compute
 from models.sampling import SamplingConfig
 from player.actions import read_actions
-from player.engine import LOOPBACK, Engine, guard
+from player.engine import Engine
 from player.game import MAX_STEPS, Game
-from utils.cli import run
+from player.server import check_address, serve
+from utils.cli import run, with_flags
 from utils.data import ClipSource, frames_folder
-
-SECURITY = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +68,13 @@ class Config:
 
     def __post_init__(self):
         if len(self.checkpoint) > 2:
-            raise InputError(f"--checkpoint: {len(self.checkpoint)} worlds given; at most two can be compared")
+            raise InputError(f"`checkpoint`: {len(self.checkpoint)} worlds given; at most two can be compared")
         if self.max_players < 1:
-            raise InputError(f"--max_players {self.max_players}: must be at least 1")
+            raise InputError(f"`max_players` {self.max_players}: must be at least 1")
         if not 0 <= self.steps <= MAX_STEPS:
-            raise InputError(f"--steps {self.steps}: must be from 1 to {MAX_STEPS}, or 0 for the device's default")
+            raise InputError(f"`steps` {self.steps}: must be from 1 to {MAX_STEPS}, or 0 for the device's default")
         if self.fps < 0 or not 0 <= self.seed < 2**31:
-            raise InputError(f"--fps {self.fps}, --seed {self.seed}: must not be negative (the seed below 2**31)")
+            raise InputError(f"`fps` {self.fps}, `seed` {self.seed}: must not be negative (the seed below 2**31)")
 
 
 def load_game(cfg: Config) -> Game:
@@ -122,69 +110,16 @@ def open_dataset(cfg: Config, folder: str) -> tuple[ClipSource | None, str]:
     except InputError as error:
         if cfg.data_dir:
             raise
-        print(f"warning: no frames to start from: {error}", file=sys.stderr)
+        print(f"warning: no frames to start from: {with_flags(error, Config)}", file=sys.stderr)
         return None, f"The world's dataset is not in {folder}. Upload a picture, or start with --data_dir."
-
-
-def build_app(game: Game, loopback: bool = True) -> web.Application:
-    """The server: the page at /, its WebSocket at /socket, and /status, which tells how many play."""
-
-    async def page(request: web.Request) -> web.Response:
-        text = (Path(__file__).parent / "player" / "page.html").read_text(encoding="utf-8")
-        return web.Response(text=text, content_type="text/html", headers=SECURITY)
-
-    async def status(request: web.Request) -> web.Response:
-        return web.json_response({"players": len(game.players), "max_players": game.max_players})
-
-    async def engines(app: web.Application) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(engine.serve()) for engine in game.engines]
-        yield
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def leave(app: web.Application) -> None:
-        await asyncio.gather(*(p.socket.close(code=WSCloseCode.GOING_AWAY) for p in set(game.players)))
-
-    app = web.Application(middlewares=[guard(loopback)])
-    app.add_routes([web.get("/", page), web.get("/socket", game.welcome), web.get("/status", status)])
-    app.cleanup_ctx.append(engines)
-    app.on_shutdown.append(leave)
-    return app
-
-
-async def serve(cfg: Config, game: Game) -> None:
-    """Listens until it is interrupted."""
-    runner = web.AppRunner(build_app(game, cfg.host in LOOPBACK), access_log=None, shutdown_timeout=2)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, cfg.host, cfg.port).start()
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(cfg.host, cfg.host)
-        url = f"http://{host}:{runner.addresses[0][1]}/"
-        print(f"play at {url} (Ctrl-C ends)", flush=True)
-        if cfg.host not in LOOPBACK:
-            print("whoever can reach this machine can play, at its address and this port", flush=True)
-        # Without a desktop, a text browser would take over the terminal.
-        desktop = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-        if cfg.open and desktop:
-            await asyncio.to_thread(webbrowser.open, url)
-        await asyncio.Event().wait()
-    finally:
-        await runner.cleanup()
 
 
 def main(cfg: Config) -> None:
     if cfg.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cfg.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    try:  # before the time that loading takes
-        family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-        socket.create_server((cfg.host, cfg.port), family=family).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(
-            f"--host {cfg.host} --port {cfg.port}: cannot be listened on ({error}); --port 0 takes any free port"
-        ) from error
-    asyncio.run(serve(cfg, load_game(cfg)))
+    check_address(cfg.host, cfg.port)
+    asyncio.run(serve(load_game(cfg), cfg.host, cfg.port, cfg.open))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Rolls out a trained world from prompt frames and sets the result against the truth.
 
     python sample.py --checkpoint runs/dynamics
-
     python sample.py --checkpoint runs/dynamics --actions sweep      # sweep.png: what each action does
 
 Writes rollout.gif, rollout.mp4 (truth over prediction, the action on each frame), rollout.png (a strip of the frames)
@@ -65,9 +64,33 @@ class Config(SamplingConfig):
         super().__post_init__()
         for name in ("prompt_frames", "num_clips", "shown_clips", "scale"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+                raise InputError(f"`{name}` {getattr(self, name)}: must be at least 1")
         if self.num_frames < 0:
-            raise InputError(f"--num_frames {self.num_frames}: must not be negative")
+            raise InputError(f"`num_frames` {self.num_frames}: must not be negative")
+
+    @property
+    def from_truth(self) -> bool:
+        """Whether the actions are those of the true video, so that the result can be compared with it."""
+        return self.actions in ("inferred", "true")
+
+
+def read_clips(cfg: Config, world: World, num_frames: int) -> tuple[ClipSource, Batch]:
+    """The clips to start from, in which the frames to predict follow if the actions are to come from there."""
+    data_dir = cfg.data_dir or frames_folder(read_config(cfg.checkpoint)["train"]["data_dir"])
+    length = cfg.prompt_frames + num_frames
+    longest = longest_clip(data_dir, cfg.split)
+    if cfg.from_truth and 0 < longest < length:
+        raise InputError(
+            f"`num_frames` {num_frames}: the longest clip in {data_dir}/{cfg.split} has {longest} frames, and with "
+            f"`actions` {cfg.actions} the truth must be as long; choose fewer, or `actions` random or a list"
+        )
+    source = ClipSource(data_dir, cfg.split, length if cfg.from_truth else min(length, world.cfg.window))
+    if source.metadata.frame_shape != world.cfg.tokenizer.frame_shape:
+        raise InputError(
+            f"`data_dir` {data_dir}: frames of {source.metadata.frame_shape}, but the world was trained on "
+            f"{world.cfg.tokenizer.frame_shape}"
+        )
+    return source, next(batches(source, cfg.num_clips, cfg.seed))
 
 
 def known_actions(world: World, clips: Batch, length: int) -> np.ndarray:
@@ -80,109 +103,95 @@ def known_actions(world: World, clips: Batch, length: int) -> np.ndarray:
 
 
 def choose_actions(cfg: Config, world: World, clips: Batch, num_frames: int) -> np.ndarray:
-    """Actions (B, num_frames), int32, that lead to the frames to predict."""
+    """Actions (B, num_frames), int32, that lead to the frames to predict; of a sweep, a row for each action."""
     A, B = world.num_actions, len(clips.frames_BTHWC)
+    if cfg.actions == "sweep":
+        return np.broadcast_to(np.arange(A, dtype=np.int32)[:, None], (A, num_frames))
     if cfg.actions == "random":
         return np.random.default_rng(cfg.seed).integers(0, A, (B, num_frames), np.int32)
     if cfg.actions == "true" and world.lam is not None:
-        raise InputError("--actions true: this world was trained on latent actions; use inferred, random or a list")
-    if cfg.actions in ("inferred", "true"):
+        raise InputError("`actions` true: this world was trained on latent actions; use inferred, random or a list")
+    if cfg.from_truth:
         if world.lam is None and clips.actions_BT is None:
-            raise InputError(f"--actions {cfg.actions}: the dataset has none; use random or a list")
+            raise InputError(f"`actions` {cfg.actions}: the dataset has none; use random or a list")
         return known_actions(world, clips, cfg.prompt_frames - 1 + num_frames)[:, cfg.prompt_frames - 1 :]
     if not re.fullmatch(r"\d+(,\d+)*", cfg.actions):
-        raise InputError(f"--actions {cfg.actions}: expected inferred, random, true, sweep or a list such as 0,3,3,5")
+        raise InputError(f"`actions` {cfg.actions}: expected inferred, random, true, sweep or a list such as 0,3,3,5")
     given = [int(a) for a in cfg.actions.split(",")]
     if max(given) >= A:
-        raise InputError(f"--actions {cfg.actions}: this world has the actions 0 to {A - 1}")
+        raise InputError(f"`actions` {cfg.actions}: this world has the actions 0 to {A - 1}")
     return np.broadcast_to(np.resize(np.array(given, np.int32), num_frames), (B, num_frames))
 
 
 def labels(cfg: Config, world: World, source: ClipSource) -> list[str]:
     """What the actions mostly do, as evaluate.py found out; empty where it did not run."""
-    names = source.metadata.action_names if world.lam is None else None
-    return [action.name for action in read_actions(cfg.checkpoint, world.num_actions, names)]
+    true_names = source.metadata.action_names if world.lam is None else None
+    return [action.name for action in read_actions(cfg.checkpoint, world.num_actions, true_names)]
 
 
 def draw(cfg: Config, truth: np.ndarray, predicted: np.ndarray, actions: np.ndarray, fps: float, folder: Path) -> None:
     """Writes the pictures. Frames are uint8 (B, T, H, W, C); beyond the truth's end its last frame stays."""
-    missing = predicted.shape[1] - truth.shape[1]
-    truth = np.concatenate([truth, truth[:, -1:].repeat(missing, axis=1)], axis=1) if missing > 0 else truth
+    truth = np.concatenate([truth, truth[:, -1:].repeat(predicted.shape[1] - truth.shape[1], axis=1)], axis=1)
     truth, predicted = upscale(truth, cfg.scale), upscale(predicted, cfg.scale)
     frames = []
     for t in range(predicted.shape[1]):
-        columns = []
-        for b in range(len(predicted)):
-            name = "prompt" if t < cfg.prompt_frames else f"action {actions[b, t - 1]}"
-            top, bottom = label(truth[b, t], f"truth {t}"), label(predicted[b, t], name)
-            columns.append(np.concatenate([top, bottom], axis=0))
-        frames.append(np.concatenate(columns, axis=1))
+        names = ["prompt" if t < cfg.prompt_frames else f"action {a}" for a in actions[:, t - 1]]
+        top = [label(frame, f"truth {t}") for frame in truth[:, t]]
+        bottom = [label(frame, name) for frame, name in zip(predicted[:, t], names, strict=True)]
+        frames.append(np.concatenate([np.concatenate(top, axis=1), np.concatenate(bottom, axis=1)]))
     video = np.stack(frames)
-    folder.mkdir(parents=True, exist_ok=True)
     write_video(folder / "rollout.gif", video, fps)
     write_video(folder / "rollout.mp4", video, fps)
-    rows = [row for b in range(len(predicted)) for row in (truth[b], predicted[b])]
-    write_png(folder / "rollout.png", strip(np.stack(rows)))
+    rows = np.stack([truth, predicted], axis=1).reshape(-1, *truth.shape[1:])
+    write_png(folder / "rollout.png", strip(rows))
+
+
+def compare(truth: jax.Array, predicted: jax.Array, prompt_frames: int) -> dict[str, list[float]]:
+    """Prints and returns PSNR and SSIM of each predicted frame, and the PSNR of the last prompt frame repeated.
+
+    Frames (B, T, H, W, C) are in [0, 1]; the truth's begin with the prompt.
+    """
+    future = truth[:, prompt_frames:]
+    copied = jnp.broadcast_to(truth[:, prompt_frames - 1 : prompt_frames], future.shape)
+    scores = {
+        "psnr": pooled_psnr(predicted, future),
+        "ssim": jnp.mean(ssim(predicted, future), axis=0),
+        "copy_last_frame_psnr": pooled_psnr(copied, future),
+    }
+    table = {name: [round(float(v), 4) for v in values] for name, values in scores.items()}
+    print(f"{'frame':>5} {'PSNR':>7} {'SSIM':>7}   PSNR of the prompt frame repeated")
+    line = "{:>5} {:7.2f} {:7.3f}   {:7.2f}"
+    for i, row in enumerate(zip(*table.values(), strict=True)):
+        print(line.format(prompt_frames + i, *row))
+    print(line.format("mean", *map(np.mean, table.values())))
+    return table
 
 
 def main(cfg: Config) -> None:
     default = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     world = load_world(cfg.checkpoint, Compute(dtype=default if cfg.dtype == "auto" else cfg.dtype))  # type: ignore[arg-type]
-    data_dir = cfg.data_dir or frames_folder(read_config(cfg.checkpoint)["train"]["data_dir"])
     num_frames = cfg.num_frames or world.cfg.window - cfg.prompt_frames
     if num_frames < 1:
-        raise InputError(f"--prompt_frames {cfg.prompt_frames}: must be from 1 to {world.cfg.window - 1}")
-    from_truth = cfg.actions in ("inferred", "true")
-    length = cfg.prompt_frames + num_frames
-    longest = longest_clip(data_dir, cfg.split)
-    if from_truth and 0 < longest < length:
-        raise InputError(
-            f"--num_frames {num_frames}: the longest clip in {data_dir}/{cfg.split} has {longest} frames, and with "
-            f"--actions {cfg.actions} the truth must be as long; choose fewer, or --actions random or a list"
-        )
-    source = ClipSource(data_dir, cfg.split, length if from_truth else min(length, world.cfg.window))
-    if source.metadata.frame_shape != world.cfg.tokenizer.frame_shape:
-        raise InputError(
-            f"--data_dir {data_dir}: frames of {source.metadata.frame_shape}, but the world was trained on "
-            f"{world.cfg.tokenizer.frame_shape}"
-        )
-    clips = next(batches(source, cfg.num_clips, cfg.seed))
+        raise InputError(f"`prompt_frames` {cfg.prompt_frames}: must be from 1 to {world.cfg.window - 1}")
+    source, clips = read_clips(cfg, world, num_frames)
     truth = jnp.asarray(clips.frames_BTHWC, jnp.float32) / 255
     prompt = truth[:, : cfg.prompt_frames]
-    between = known_actions(world, clips, cfg.prompt_frames - 1)
-    sampling = SamplingConfig(cfg.steps, cfg.temperature, cfg.order, cfg.top_k, cfg.top_p)
-    folder = Path(cfg.output_dir or Path(cfg.checkpoint) / "samples")
+    between, chosen = known_actions(world, clips, cfg.prompt_frames - 1), choose_actions(cfg, world, clips, num_frames)
     if cfg.actions == "sweep":
-        A = world.num_actions
-        held = np.broadcast_to(np.arange(A, dtype=np.int32)[:, None], (A, num_frames))
-        actions = np.concatenate([between[:1].repeat(A, axis=0), held], axis=1)
-        prompts = jnp.repeat(prompt[:1], A, axis=0)
-        predicted = rollout(world, prompts, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
-        video = np.asarray(to_uint8(jnp.concatenate([prompts, predicted], axis=1)))
-        picture = sweep(video, labels(cfg, world, source))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_png(folder / "sweep.png", picture)
-        print(f"wrote {folder}/sweep.png")
-        return
-    actions = np.concatenate([between, choose_actions(cfg, world, clips, num_frames)], axis=1)
+        prompt, between = prompt[:1].repeat(len(chosen), axis=0), between[:1].repeat(len(chosen), axis=0)
+    actions = np.concatenate([between, chosen], axis=1)
+    sampling = SamplingConfig(cfg.steps, cfg.temperature, cfg.order, cfg.top_k, cfg.top_p)
     predicted = rollout(world, prompt, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
     video = np.asarray(to_uint8(jnp.concatenate([prompt, predicted], axis=1)))
+    folder = Path(cfg.output_dir or Path(cfg.checkpoint) / "samples")
+    if cfg.actions == "sweep":
+        write_png(folder / "sweep.png", sweep(video, labels(cfg, world, source)))
+        print(f"wrote {folder}/sweep.png")
+        return
     shown = slice(min(cfg.shown_clips, cfg.num_clips))
     draw(cfg, clips.frames_BTHWC[shown], video[shown], actions[shown], source.metadata.fps, folder)
-    if from_truth:
-        future, last = truth[:, cfg.prompt_frames :], prompt[:, -1:]
-        lines = {
-            "psnr": pooled_psnr(predicted, future),
-            "ssim": jnp.mean(ssim(predicted, future), axis=0),
-            "copy_last_frame_psnr": pooled_psnr(jnp.broadcast_to(last, future.shape), future),
-        }
-        table = {name: [round(float(v), 4) for v in values] for name, values in lines.items()}
-        print(f"{'frame':>5} {'PSNR':>7} {'SSIM':>7}   PSNR of the prompt frame repeated")
-        for i in range(num_frames):
-            t = i + cfg.prompt_frames
-            print(f"{t:>5} {table['psnr'][i]:7.2f} {table['ssim'][i]:7.3f}   {table['copy_last_frame_psnr'][i]:7.2f}")
-        print(f" mean {np.mean(table['psnr']):7.2f} {np.mean(table['ssim']):7.3f}", end="   ")
-        print(f"{np.mean(table['copy_last_frame_psnr']):7.2f}")
+    if cfg.from_truth:
+        table = compare(truth, predicted, cfg.prompt_frames)
         (folder / "rollout.json").write_text(json.dumps({"clips": cfg.num_clips} | table, indent=2))
     print(f"wrote {folder}/rollout.gif, rollout.mp4 and rollout.png")
 

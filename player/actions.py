@@ -48,3 +48,19 @@ def idle_action(actions: list[Action], idle: str | None = None) -> int:
     names = ("NONE", "NOOP", "NO-OP", "STAY") if idle is None else (idle.upper(),)
     still = [action.name.upper() in names for action in actions]
     return max(range(len(actions)), key=lambda i: (still[i], actions[i].count))
+
+
+def matching_actions(ours: list[Action], theirs: list[Action], idle: str | None = None) -> list[int]:
+    """For each of our actions the one of another world that does the same; `idle` is what doing nothing is called.
+
+    Codes of two latent action models have nothing to do with each other, so names decide where both know them: the
+    same index if it has the name, else the most frequent of that name. Else the index decides.
+    """
+    found = []
+    for i, action in enumerate(ours):
+        same = [j for j, other in enumerate(theirs) if action.name and other.name == action.name]
+        if i in same or (not same and i < len(theirs)):
+            found.append(i)
+        else:
+            found.append(max(same, key=lambda j: theirs[j].count) if same else idle_action(theirs, idle))
+    return found

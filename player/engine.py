@@ -1,26 +1,18 @@
-"""What a server of worlds is made of: frames for several rollouts at once, pictures from strangers, who may call."""
+"""A world on the device: the next frames of several rollouts at once."""
 
 import asyncio
 import dataclasses
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aiohttp import web
 from flax import nnx
 
-from models.errors import InputError
 from models.genie import World
 from models.sampling import SamplingConfig, next_frame, start_rollout
-from utils.video import resize
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_PIXELS = 4_000_000  # of an uploaded picture; the page shrinks them to far less before it sends them
 
 
 class Request(NamedTuple):
@@ -128,60 +120,3 @@ class Engine:
         )
         frames, states = self._step(self._variables, arrays)
         return list(zip(np.asarray(frames), states, strict=True))[: len(requests)]
-
-
-def fit_picture(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cuts out the largest middle part of the right aspect ratio and resizes it."""
-    H, W = image_HWC.shape[:2]
-    h, w = min(H, max(1, round(W * height / width))), min(W, max(1, round(H * width / height)))
-    y, x = (H - h) // 2, (W - w) // 2
-    return resize(np.ascontiguousarray(image_HWC[None, y : y + h, x : x + w]), height, width)[0]
-
-
-def decode_picture(data: bytes) -> np.ndarray:
-    """Decodes an uploaded picture: uint8 RGB (H, W, 3), upright.
-
-    Raises:
-      InputError: It is no picture, or has more than `MAX_PIXELS`.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "GIF", "WEBP", "BMP")) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"the picture has {image.width}×{image.height} pixels; send one of fewer than 4 million"
-                )
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except InputError:
-        raise
-    except Exception as error:  # pillow raises anything for damaged files
-        raise InputError("this is no picture that can be read; send a PNG, JPEG, GIF, WebP or BMP") from error
-
-
-def guard(loopback: bool):
-    """Middleware that refuses what other web pages send here through a visitor's browser.
-
-    A request that names its origin must come from this server's own page. On a loopback address, the name that the
-    browser called must be a loopback name too: a foreign name that resolves here is an attack (DNS rebinding).
-    """
-
-    @web.middleware
-    async def check(request: web.Request, handler) -> web.StreamResponse:
-        host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
-        if loopback and _parts(host)[0] not in LOOPBACK:
-            raise web.HTTPForbidden(text=f"this server answers to {' and '.join(LOOPBACK)} only, not to {host[:100]}\n")
-        if origin is not None and (not origin.startswith("http") or _parts(origin.partition("://")[2]) != _parts(host)):
-            raise web.HTTPForbidden(text="requests from other origins are refused\n")
-        return await handler(request)
-
-    return check
-
-
-def _parts(host: str) -> tuple[str | None, int | None]:
-    """Name and port of "name:port"; (None, None) if it is malformed."""
-    try:
-        parts = urlsplit(f"//{host}")
-        return parts.hostname, parts.port
-    except ValueError:
-        return None, None

@@ -15,8 +15,9 @@ from aiohttp import ClientError, WSCloseCode, WSMsgType, web
 
 from models.errors import InputError
 from models.sampling import SamplingConfig
-from player.actions import Action, idle_action
-from player.engine import Engine, Request, decode_picture, fit_picture
+from player.actions import Action, idle_action, matching_actions
+from player.engine import Engine, Request
+from player.pictures import decode_picture, fit_picture
 from player.recording import Moment, encode_recording
 from utils.data import ClipSource
 
@@ -28,22 +29,6 @@ MAX_RECORDING = 600, 50_000_000  # frames, bytes
 SEND_TIMEOUT_S = 20  # after which a browser that takes nothing in is cut off
 IDLE_TIMEOUT_S = 15 * 60  # after which a player who asks for nothing makes room
 CLOSED = (ConnectionError, ClientError)
-
-
-def matching_actions(ours: list[Action], theirs: list[Action], idle: str | None = None) -> list[int]:
-    """For each of our actions the one of another world that does the same; `idle` is what doing nothing is called.
-
-    Codes of two latent action models have nothing to do with each other, so names decide where both know them: the
-    same index if it has the name, else the most frequent of that name. Else the index decides.
-    """
-    found = []
-    for i, action in enumerate(ours):
-        same = [j for j, other in enumerate(theirs) if action.name and other.name == action.name]
-        if i in same or (not same and i < len(theirs)):
-            found.append(i)
-        else:
-            found.append(max(same, key=lambda j: theirs[j].count) if same else idle_action(theirs, idle))
-    return found
 
 
 @dataclasses.dataclass

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,13 +33,17 @@ from models.errors import InputError
 from models.genie import World, load_world
 from models.nn import Compute
 from models.sampling import SamplingConfig, rollout
-from play import Config, build_app, load_game, open_dataset
-from player.actions import Action, idle_action, read_actions
-from player.engine import Engine, Request, decode_picture, fit_picture
-from player.game import MAX_UPLOAD, Game, Player, matching_actions
+from play import Config, load_game, open_dataset
+from player.actions import Action, idle_action, matching_actions, read_actions
+from player.engine import Engine, Request
+from player.game import MAX_UPLOAD, Game, Player
+from player.pictures import decode_picture, fit_picture
+from player.server import build_app, check_address
 from sources.video import read_video
 from tests.conftest import CACHE, ROOT
 from tests.test_sampling import CONFIG
+from utils.cli import with_flags
+from utils.records import read_metadata, write_metadata
 
 TEN_SECONDS = 10
 
@@ -475,12 +480,43 @@ def test_labels_say_what_actions_do(tmp_path, capsys):
     assert matching_actions([*actions, Action("UP"), Action("X"), Action("Y")], theirs) == [3, 0, 2, 3, 0]
 
 
-def test_a_missing_dataset_is_told(tmp_path):
+def test_a_missing_dataset_is_told(tmp_path, capsys):
     source, message = open_dataset(Config(), str(tmp_path))
     assert source is None
     assert str(tmp_path) in message
+    assert f"warning: no frames to start from: --data_dir {tmp_path}: no dataset here" in capsys.readouterr().err
     with pytest.raises(InputError, match="no dataset here"):
         open_dataset(Config(data_dir=str(tmp_path)), str(tmp_path))
+
+
+def test_the_dataset_says_which_action_is_idle(trained, dataset, tmp_path, monkeypatch):
+    world, data = tmp_path / "world", tmp_path / "data"
+    shutil.copytree(trained["world"], world)
+    rows = [{"name": name, "share": 0.5, "count": 9 - i} for i, name in enumerate(("LEFT", "NONE", "RIGHT"))]
+    (world / "action_labels.json").write_text(json.dumps(rows))
+    shutil.copytree(dataset, data)
+    write_metadata(data, dataclasses.replace(read_metadata(dataset), idle_action="RIGHT"))
+    monkeypatch.setattr(Engine, "warm_up", lambda *_: None)
+
+    async def idle(data_dir: Path) -> int:
+        game = load_game(Config((str(world),), data_dir=str(data_dir), compile_cache=""))
+        async with serving(game) as (_, _, connect):
+            return (await (await connect()).receive("hello"))[0]["idle"]
+
+    assert asyncio.run(idle(data)) == 2
+    assert asyncio.run(idle(dataset)) == 1  # which says nothing: the usual names
+
+
+def test_an_address_that_is_taken_and_too_many_worlds_are_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError) as error:
+            check_address("127.0.0.1", port)
+        assert with_flags(error.value, Config).startswith(f"--host 127.0.0.1 --port {port}: cannot be listened on (")
+    check_address("127.0.0.1", port)
+    with pytest.raises(InputError) as error:
+        Config(("a", "b", "c"))
+    assert with_flags(error.value, Config) == "--checkpoint: 3 worlds given; at most two can be compared"
 
 
 # ---- the page, in a browser
