@@ -27,15 +27,15 @@ from evaluation.rollouts import Player
 from evaluation.suite import Plan, measure_lam, measure_tokenizer, measure_world, set_up, true_actions
 from evaluation.table import HEADLINES, METRICS
 from models.errors import InputError
-from models.genie import load, read_config
+from models.genie import load, read_config, stored_sampling
 from models.nn import Compute
-from models.sampling import SamplingConfig
+from models.sampling import SamplingFlags
 from utils.cli import run
 from utils.data import ClipSource, frames_folder
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Plan, SamplingConfig):
+class Config(Plan, SamplingFlags):
     """Measures a checkpoint; its architecture comes from the checkpoint alone. Zeros stand for defaults by device."""
 
     checkpoint: str = "runs/dynamics"
@@ -57,7 +57,7 @@ class Config(Plan, SamplingConfig):
 
     def __post_init__(self):
         Plan.__post_init__(self)
-        SamplingConfig.__post_init__(self)
+        SamplingFlags.__post_init__(self)
 
 
 def main(cfg: Config) -> None:
@@ -91,13 +91,13 @@ def main(cfg: Config) -> None:
         if not lam:
             actions, labels = true_actions(bench, world)
         print(f"rollouts, on {bench.plan.rollout_clips} clips", flush=True)
-        sampling = SamplingConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(SamplingConfig)})
+        sampling = cfg.over(stored_sampling(cfg.checkpoint))
         play = Player(world, sampling, bench.plan.batch_size, cfg.seed)
         measured |= measure_world(bench, play, actions, reconstruction, labels)
         played = {"actions": "inferred" if lam else "true", "sampling": dataclasses.asdict(sampling)}
         measured |= Measured(details=played)
         step_ms = 1000 * bench.plan.batch_size / play.frames_per_second
-        speed |= {"rollout_frames_per_second": round(play.frames_per_second, 2), "maskgit_steps": cfg.steps}
+        speed |= {"rollout_frames_per_second": round(play.frames_per_second, 2), "maskgit_steps": sampling.steps}
         speed |= {"milliseconds_per_step_of_a_batch": round(step_ms, 2)}
     setting = {
         "kind": kind,

@@ -18,9 +18,9 @@ import jax
 import tyro
 
 from models.errors import InputError
-from models.genie import load_world, read_config
+from models.genie import load_world, read_config, stored_sampling
 from models.nn import Compute
-from models.sampling import SamplingConfig
+from models.sampling import SamplingFlags
 from player.actions import read_actions
 from player.engine import Engine
 from player.game import MAX_STEPS, Game
@@ -30,8 +30,8 @@ from utils.data import ClipSource, frames_folder
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Serves a web page in which to play a world, or to compare two of them."""
+class Config(SamplingFlags):
+    """Serves a web page in which to play a world, or to compare two of them; sampling is what it starts with."""
 
     checkpoint: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """--ckpt_dir of the world's training; give the flag twice to compare two. Default: runs/dynamics."""
@@ -47,16 +47,6 @@ class Config:
     """Dataset of the frames to start from; default: the one that the first world was trained on."""
     split: str = "val"
     """Its split: train, val or test."""
-    steps: int = 0
-    """MaskGIT steps per frame that the page starts with; 0 takes 8 on a CPU, else 25."""
-    temperature: float = 1.0
-    """Of the tokens' distribution, that the page starts with."""
-    order: Literal["confidence", "random", "halton"] = "confidence"
-    """Which tokens a step settles; see sample.py."""
-    top_k: int = 0
-    """Draw among this many of a token's likeliest codes only; 0 for all."""
-    top_p: float = 1.0
-    """Draw among the fewest likeliest codes whose probability adds up to this; 1 for all."""
     seed: int = 0
     """That the page starts with, and of the choice of frames to start from."""
     fps: float = 0.0
@@ -67,12 +57,13 @@ class Config:
     """Folder of compiled programs, for quick restarts; empty for none."""
 
     def __post_init__(self):
+        super().__post_init__()
         if len(self.checkpoint) > 2:
             raise InputError(f"`checkpoint`: {len(self.checkpoint)} worlds given; at most two can be compared")
         if self.max_players < 1:
             raise InputError(f"`max_players` {self.max_players}: must be at least 1")
-        if not 0 <= self.steps <= MAX_STEPS:
-            raise InputError(f"`steps` {self.steps}: must be from 1 to {MAX_STEPS}, or 0 for the device's default")
+        if self.steps is not None and self.steps > MAX_STEPS:
+            raise InputError(f"`steps` {self.steps}: must be from 1 to {MAX_STEPS}")
         if self.fps < 0 or not 0 <= self.seed < 2**31:
             raise InputError(f"`fps` {self.fps}, `seed` {self.seed}: must not be negative (the seed below 2**31)")
 
@@ -82,8 +73,7 @@ def load_game(cfg: Config) -> Game:
     names = cfg.checkpoint or ("runs/dynamics",)
     on_cpu = jax.default_backend() == "cpu"
     dtype: Any = ("float32" if on_cpu else "bfloat16") if cfg.dtype == "auto" else cfg.dtype
-    steps = cfg.steps or (8 if on_cpu else 25)
-    sampling = SamplingConfig(steps, cfg.temperature, cfg.order, cfg.top_k, cfg.top_p)
+    sampling = cfg.over(stored_sampling(names[0]))
     # A CPU gains little from a batch: taking turns, each frame is ready as soon as it can be.
     width = 1 if on_cpu else cfg.max_players
     thread = ThreadPoolExecutor(1, "device")

@@ -19,9 +19,9 @@ import numpy as np
 
 from evaluation.clips import to_uint8
 from models.errors import InputError
-from models.genie import World, load_world, read_config
+from models.genie import World, load_world, read_config, stored_sampling
 from models.nn import Compute
-from models.sampling import SamplingConfig, rollout
+from models.sampling import SamplingFlags, rollout
 from player.actions import read_actions
 from utils.cli import run
 from utils.data import Batch, ClipSource, batches, frames_folder, longest_clip
@@ -30,7 +30,7 @@ from utils.video import label, strip, sweep, upscale, write_png, write_video
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(SamplingConfig):
+class Config(SamplingFlags):
     """Samples videos from a world; its architecture comes from the checkpoint alone."""
 
     checkpoint: str = "runs/dynamics"
@@ -180,7 +180,7 @@ def main(cfg: Config) -> None:
     if cfg.actions == "sweep":
         prompt, between = prompt[:1].repeat(len(chosen), axis=0), between[:1].repeat(len(chosen), axis=0)
     actions = np.concatenate([between, chosen], axis=1)
-    sampling = SamplingConfig(cfg.steps, cfg.temperature, cfg.order, cfg.top_k, cfg.top_p)
+    sampling = cfg.over(stored_sampling(cfg.checkpoint))
     predicted = rollout(world, prompt, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
     video = np.asarray(to_uint8(jnp.concatenate([prompt, predicted], axis=1)))
     folder = Path(cfg.output_dir or Path(cfg.checkpoint) / "samples")

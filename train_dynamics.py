@@ -22,8 +22,8 @@ from models.sampling import SamplingConfig, roll
 from utils.action_source import ActionSource, InferredActions, LearnedActions, StoredActions, TrueActions
 from utils.cli import run
 from utils.data import Batch, ClipSource
-from utils.metrics import pooled_psnr, psnr, unchanged, usage
-from utils.records import Metadata, TokenInfo
+from utils.metrics import rollout_quality, usage
+from utils.records import Metadata
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
 
@@ -93,6 +93,11 @@ PRESETS = {
         batch_size=4,
     ),
 }
+"""coinrun: Appendix F; not run on a GPU yet.
+
+tiny: what `make demo` runs, `python train_dynamics.py --preset tiny`, from its tokenizer and LAM.
+bench: for benchmarks/ only.
+"""
 
 
 def loss_fn(
@@ -144,26 +149,14 @@ def train_step(
 
 
 def evaluate(world: World, batch: Batch, key: jax.Array, cfg: Config, source: ActionSource) -> tuple[dict, jax.Array]:
-    """The loss, and how rollouts from the first frame go; shows truth over one of them.
-
-    psnr: Of all frames; psnr_copy: of the first one repeated. Margins are their difference, pooled over the clips.
-    delta_psnr_t4: By how much the clips' own actions beat random ones, at frame 4 (Genie, §3).
-    unchanged: Share of pixels that a step leaves within 4/255, beside the truth's: a frozen world shows.
-    """
+    """The loss, and how rollouts from the first frame go (`utils.metrics.rollout_quality`); shows truth over one."""
     loss, (metrics, _) = loss_fn(world, draw(world, batch, key), source, train=False)
     frames = see(world, batch)[1]
     actions_BTm1 = source.actions(world, batch, frames, train=False).actions_BTm1
     random_BTm1 = jax.random.randint(key, actions_BTm1.shape, 0, world.num_actions)
     predicted, misled = (roll(world, frames[:, :1], a, key, cfg.sampling) for a in (actions_BTm1, random_BTm1))
-    future = frames[:, 1:]
-    copied = jnp.broadcast_to(frames[:, :1], future.shape)
-    metrics |= {name: jnp.mean(psnr(x, future)) for name, x in (("psnr", predicted), ("psnr_copy", copied))}
-    metrics |= {name: jnp.mean(unchanged(x)) for name, x in (("unchanged", predicted), ("real_unchanged", future))}
-    margin_T = pooled_psnr(predicted, future) - pooled_psnr(copied, future)
-    delta_T = jnp.mean(psnr(predicted, future) - psnr(misled, future), axis=0)
-    metrics |= {f"margin_{t}": margin_T[t - 1] for t in (1, 4, 8, 15) if t <= len(margin_T)}
-    metrics |= {f"delta_psnr_t{t}": delta_T[t - 1] for t in (4,) if t <= len(delta_T)}
-    return {"loss": loss} | metrics, jnp.stack([frames[0], jnp.concatenate([frames[0, :1], predicted[0]])])
+    videos = jnp.stack([frames[0], jnp.concatenate([frames[0, :1], predicted[0]])])
+    return {"loss": loss} | metrics | rollout_quality(predicted, misled, frames), videos
 
 
 def choose_actions(cfg: Config, metadata: Metadata) -> ActionSource:
@@ -197,17 +190,6 @@ def world_config(cfg: Config, metadata: Metadata, source: ActionSource) -> World
     return WorldConfig(tokenizer, source.lam, dynamics, window=cfg.seq_len)
 
 
-def check_tokens(cfg: Config, made_by: TokenInfo, parts: dict[str, str]) -> None:
-    """Refuses a token dataset that other checkpoints made than those with these fingerprints."""
-    for name, value in parts.items():
-        stored = getattr(made_by, name)
-        if stored != value:
-            raise InputError(
-                f"`{name}_checkpoint`: the token dataset {cfg.data_dir} was made with another {name} ({stored}, given "
-                f"{value}); give that one, or make the tokens anew with preprocess_dataset.py tokens"
-            )
-
-
 def trainable(source: ActionSource) -> Any:
     """Filter of the parameters that gradients train."""
     return nnx.All(nnx.Param, nnx.Any(*map(nnx.PathContains, source.trainable)))
@@ -230,7 +212,7 @@ def main(cfg: Config) -> None:
         trained["lam"] = load_lam(cfg.lam_checkpoint)
     parts = {name: fingerprint(model) for name, model in trained.items()}
     if train.metadata.tokens:
-        check_tokens(cfg, train.metadata.tokens, parts)
+        train.metadata.tokens.expect(parts)
 
     def initialise(world: World) -> None:
         for name, model in trained.items():

@@ -60,6 +60,11 @@ PRESETS = {
         batch_size=4,
     ),
 }
+"""coinrun: Appendix F; not run on a GPU yet.
+
+tiny: what `make demo` runs, `python train_tokenizer.py --preset tiny`; its decoder moves the last frame.
+bench: for benchmarks/ only.
+"""
 
 
 def loss_fn(model: Tokenizer, batch: Batch, cfg: Config) -> tuple[jax.Array, tuple]:

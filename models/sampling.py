@@ -72,6 +72,9 @@ class SamplingFlags:
     top_p: float | None = None
     """Draw among the fewest likeliest codes whose probability adds up to this, 1 for all; default: the world's."""
 
+    def __post_init__(self):
+        self.over(SamplingConfig())  # which refuses what cannot work
+
     def over(self, world: SamplingConfig) -> SamplingConfig:
         """The world's way of sampling, with what is chosen here in its place."""
         chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingFlags)}

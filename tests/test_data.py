@@ -82,6 +82,13 @@ def test_batches_depend_on_the_index_alone(dataset):
     assert np.any(other[0].frames_BTHWC != straight[0].frames_BTHWC)
 
 
+def test_batches_of_one_clip_are_the_same_clips(dataset):
+    source = ClipSource(dataset, "train", 6)
+    singles, fours = take(batches(source, 1, seed=5), 8), take(batches(source, 4, seed=5), 2)
+    expected = np.concatenate([batch.frames_BTHWC for batch in fours])
+    np.testing.assert_array_equal(np.concatenate([batch.frames_BTHWC for batch in singles]), expected)
+
+
 def test_workers_change_nothing(dataset):
     source = ClipSource(dataset, "train", 6)
     straight = take(batches(source, 4, seed=5, start=2), 5)

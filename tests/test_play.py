@@ -50,7 +50,7 @@ TEN_SECONDS = 10
 
 @pytest.fixture(scope="module")
 def game(trained) -> Game:
-    return load_game(Config((str(trained["world"]),), open=False, steps=3, compile_cache=""))
+    return load_game(Config(checkpoint=(str(trained["world"]),), open=False, steps=3, compile_cache=""))
 
 
 class Client:
@@ -499,7 +499,7 @@ def test_the_dataset_says_which_action_is_idle(trained, dataset, tmp_path, monke
     monkeypatch.setattr(Engine, "warm_up", lambda *_: None)
 
     async def idle(data_dir: Path) -> int:
-        game = load_game(Config((str(world),), data_dir=str(data_dir), compile_cache=""))
+        game = load_game(Config(checkpoint=(str(world),), data_dir=str(data_dir), compile_cache=""))
         async with serving(game) as (_, _, connect):
             return (await (await connect()).receive("hello"))[0]["idle"]
 
@@ -515,7 +515,7 @@ def test_an_address_that_is_taken_and_too_many_worlds_are_refused():
         assert with_flags(error.value, Config).startswith(f"--host 127.0.0.1 --port {port}: cannot be listened on (")
     check_address("127.0.0.1", port)
     with pytest.raises(InputError) as error:
-        Config(("a", "b", "c"))
+        Config(checkpoint=("a", "b", "c"))
     assert with_flags(error.value, Config) == "--checkpoint: 3 worlds given; at most two can be compared"
 
 

@@ -179,7 +179,8 @@ def batches(
         raise InputError(f"`batch_size` {batch_size}: must be a multiple of the {process_count} processes")
     places = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     places = places.random_map(lambda index, rng: (index, rng.random()))
-    mine = places[start * batch_size + process_index :: process_count].batch(batch_size // process_count)
+    # An end, for without one grain's batches of one clip would be more than Python can count.
+    mine = places[start * batch_size + process_index : 2**62 : process_count].batch(batch_size // process_count)
     dataset = mine.map(lambda place: source.windows(*place)).to_iter_dataset(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     )

@@ -36,6 +36,29 @@ def unchanged(frames_BTHWC: jax.Array, most: float = 4 / 255) -> jax.Array:
     return jnp.mean(jnp.max(step, axis=-1) <= most * 1.0001, axis=(2, 3))
 
 
+def rollout_quality(predicted: jax.Array, misled: jax.Array, frames: jax.Array) -> dict[str, jax.Array]:
+    """How rollouts from one prompt frame go, for a validation; pooled over the batch's clips.
+
+    Args:
+      predicted: (B, T - 1, H, W, C), with the clips' own actions; misled: with random ones.
+      frames: (B, T, H, W, C), the clips.
+    Returns:
+      psnr, psnr_copy: Of the rollouts, and of the first frame repeated.
+      margin_t: Their difference at frame t.
+      delta_psnr_t4: By how much the clips' own actions beat random ones at frame 4 (Genie, §3).
+      unchanged, real_unchanged: Share of pixels that a step leaves as they are: a frozen world shows.
+    """
+    future = frames[:, 1:]
+    copied = jnp.broadcast_to(frames[:, :1], future.shape)
+    own_BT = psnr(predicted, future)
+    margin_T = pooled_psnr(predicted, future) - pooled_psnr(copied, future)
+    delta_T = jnp.mean(own_BT - psnr(misled, future), axis=0)
+    values = {"psnr": jnp.mean(own_BT), "psnr_copy": jnp.mean(psnr(copied, future))}
+    values |= {f"margin_{t}": margin_T[t - 1] for t in (1, 4, 8, 15) if t <= len(margin_T)}
+    values |= {"delta_psnr_t4": delta_T[3]} if len(delta_T) > 3 else {}
+    return values | {"unchanged": jnp.mean(unchanged(predicted)), "real_unchanged": jnp.mean(unchanged(future))}
+
+
 def usage(codes: jax.Array, num_codes: int) -> jax.Array:
     """Share of the codes that occur at all."""
     return jnp.mean(jnp.zeros(num_codes).at[codes.reshape(-1)].set(1.0))

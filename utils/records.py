@@ -145,6 +145,20 @@ class TokenInfo:
     window: int
     frames: str
 
+    def expect(self, parts: dict[str, str]) -> None:
+        """Refuses models other than those that made the tokens, by name and fingerprint.
+
+        Raises:
+          InputError: They differ.
+        """
+        for name, value in parts.items():
+            stored = getattr(self, name)
+            if stored != value:
+                raise InputError(
+                    f"`{name}_checkpoint`: the tokens of `data_dir` were made with another {name} ({stored}, given "
+                    f"{value}); give that one, or make the tokens anew with preprocess_dataset.py tokens"
+                )
+
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:

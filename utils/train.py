@@ -140,8 +140,7 @@ def fit(
     Raises:
       DivergenceError: The loss or the gradient is no longer finite; nothing was saved since.
     """
-    folder, is_main = Path(cfg.ckpt_dir), jax.process_index() == 0
-    mesh = make_mesh(cfg.fsdp)
+    folder, is_main, mesh = Path(cfg.ckpt_dir), jax.process_index() == 0, make_mesh(cfg.fsdp)
     _check_batch(cfg, mesh)
     write_config(folder, kind, model_cfg, cfg, parts)
     checkpoints = Checkpoints(folder, cfg)
@@ -183,9 +182,7 @@ def fit(
             if stopping:
                 break
     except DivergenceError as error:
-        remedy = "Lower `learning_rate`, or find the cause with `debug_nans`"
-        message = f"{error}; stopped without saving. Checkpoints up to step {checkpoints.latest()} are good. {remedy}"
-        raise DivergenceError(message, error.step, error.name, error.value) from None
+        raise _explained(error, checkpoints.latest()) from None
     finally:
         stop.restore()
         writers.close()
@@ -273,6 +270,12 @@ class Validation:
         if best and best not in sums:
             raise InputError(f"`keep_best` {best}: a validation gives {', '.join(sums)}")
         return sums, picture
+
+
+def _explained(error: DivergenceError, good: int) -> DivergenceError:
+    remedy = "Lower `learning_rate`, or find the cause with `debug_nans`"
+    message = f"{error}; stopped without saving. Checkpoints up to step {good} are good. {remedy}"
+    return DivergenceError(message, error.step, error.name, error.value)
 
 
 def _check_batch(cfg: TrainConfig, mesh: Mesh) -> None:
