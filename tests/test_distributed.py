@@ -10,12 +10,17 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from models.genie import checkpoint_steps
-from tests.conftest import CACHE, LAM, ROOT, SMALL, TOKENIZER, script
+from tests.conftest import LAM, ROOT, SMALL, TOKENIZER, script
 from tests.test_train import assert_same, flags, lines, losses, stored
+from utils.sharding import batch_sharding, start_distributed, state_sharding
 
 
 def assert_close(a, b):
@@ -255,5 +260,57 @@ def test_wandb_gets_the_curve(trained, dataset, tmp_path, monkeypatch):
     assert b"val_psnr" in runs[0].read_bytes()
 
 
-def test_the_compile_cache_is_where_the_flag_says(trained):
-    assert list(CACHE.iterdir())
+def test_the_compile_cache_is_where_the_flag_says(tmp_path):
+    """In a process of its own, whose environment names another folder, as the tests' does."""
+    program = """if True:
+        import jax
+        from train_tokenizer import Config
+        from utils.train import start
+        start(Config(compile_cache="~/programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.jit(lambda x: x + 1)(1.0)
+    """
+    env = os.environ | {"HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, check=True)
+    assert list((tmp_path / "programs").iterdir())
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_largest_axis_that_fits_is_sharded_and_batches_are_split_over_all_devices():
+    mesh = AbstractMesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    cases = {
+        (64, 128): P(None, "fsdp"),
+        (3, 128, 64): P(None, "fsdp"),
+        (64, 126): P("fsdp"),
+        (63, 127): P(),
+        (8, 64): P(),  # too small to be worth it
+    }
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in cases]
+    assert [sharding.spec for sharding in state_sharding(mesh, arrays)] == list(cases.values())
+    alone = AbstractMesh((8, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    assert all(sharding.is_fully_replicated for sharding in state_sharding(alone, arrays))
+    assert batch_sharding(mesh).shard_shape((16, 5)) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "joined"),
+    [
+        ({}, []),
+        ({"SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": ""}, []),
+        ({"SLURM_NTASKS": "4"}, [()]),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, [()]),
+        ({"TPU_WORKER_HOSTNAMES": "one"}, []),
+        ({"TPU_WORKER_HOSTNAMES": "one,two"}, [()]),
+    ],
+)
+def test_processes_meet_where_there_are_several(environment, joined, monkeypatch):
+    calls = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *given: calls.append(given))
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    start_distributed()
+    assert calls == joined
+    start_distributed("host:1234", 2, 1)
+    assert calls[-1] == ("host:1234", 2, 1)

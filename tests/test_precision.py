@@ -1,4 +1,6 @@
-"""Mixed precision and activation checkpointing: what stays float32, and that memory tricks change no gradient."""
+"""Mixed precision and activation checkpointing: what stays float32, and that memory tricks change no gradient. And what
+becomes of gradients: parts of a batch, the optimizer, the moving average.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from models.maskgit import MaskGIT
 from models.nn import Compute, Places, STConfig, STTransformer
 from models.tokenizer import Tokenizer, TokenizerConfig
 from utils.optim import OptimConfig, learning_rate_schedule, make_optimizer, matrices, phases
+from utils.state import TrainState, apply_gradients, gradients
+from utils.train import TrainConfig
 
 SIZE = {"width": 16, "num_heads": 2, "num_blocks": 2}
 X = jax.random.normal(jax.random.key(0), (2, 3, 4, 16))
@@ -133,9 +137,64 @@ def test_schedules():
     assert phases(OptimConfig(), 30) == (3, 10)
 
 
+def updates_of(cfg, gradients, num_steps=10):
+    """The updates of one matrix, 1 at first, by a sequence of gradients."""
+    tx, params = make_optimizer(cfg, num_steps), {"kernel": jnp.ones(4)}
+    opt_state, made = tx.init(params), []
+    for gradient in gradients:
+        updates, opt_state = tx.update({"kernel": jnp.asarray(gradient)}, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        made.append(updates["kernel"])
+    return np.stack(made)
+
+
 def test_gradients_are_clipped():
-    tx = make_optimizer(OptimConfig(grad_clip=1.0), 10)
-    assert isinstance(tx, optax.GradientTransformation)
-    grads = {"kernel": jnp.full(4, 100.0)}
-    clipped, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
-    assert float(optax.tree.norm(clipped)) == pytest.approx(1.0)
+    """AdamW takes no heed of the scale that all gradients share, so a large one is followed by a small one."""
+    clipping = OptimConfig(grad_clip=0.5)
+    plain = OptimConfig(grad_clip=0)
+    large, small = np.array([3.0, 0, 0, 4.0]), np.array([0.1, 0.2, 0.0, 0.2])  # of norm 5 and 0.3
+    clipped = updates_of(clipping, [large, small])
+    np.testing.assert_allclose(clipped, updates_of(plain, [large / 10, small]), rtol=1e-5)
+    assert np.abs(clipped[1] / updates_of(plain, [large, small])[1] - 1).max() > 0.1
+
+
+def test_the_optimizer_is_adamw_on_the_schedule():
+    cfg = OptimConfig(learning_rate=0.1, warmup_steps=2, decay_steps=4, beta1=0.8, beta2=0.95, weight_decay=0.3)
+    rng = np.random.default_rng(0)
+    gradients_, kernel = rng.normal(size=(6, 4)) / 4, np.ones(4)
+    mean, square, expected = np.zeros(4), np.zeros(4), []
+    for i, gradient in enumerate(gradients_):
+        mean, square = 0.8 * mean + 0.2 * gradient, 0.95 * square + 0.05 * gradient**2
+        direction = mean / (1 - 0.8 ** (i + 1)) / np.sqrt(square / (1 - 0.95 ** (i + 1)))
+        expected.append(-float(learning_rate_schedule(cfg, 10)(i)) * (direction + 0.3 * kernel))
+        kernel = kernel + expected[-1]
+    np.testing.assert_allclose(updates_of(cfg, gradients_), expected, rtol=1e-3, atol=1e-6)
+
+
+def linear_state(optimizer, ema=False):
+    return TrainState.create(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Param, optimizer, ema)
+
+
+def test_the_moving_average_follows_the_parameters():
+    state = linear_state(optax.sgd(0.1), ema=True)
+    expected = jax.tree.map(np.asarray, state.params)
+    cfg = TrainConfig(ema_decay=0.75)
+    for step in range(3):
+        grads = jax.tree.map(lambda x, step=step: jnp.full_like(x, 1.0 + step), state.params)
+        state, norms = apply_gradients(state, grads, cfg)
+        expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * np.asarray(b), expected, state.params)
+        np.testing.assert_allclose(norms["grad_norm"], (1 + step) * np.sqrt(8), rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.ema, expected)
+
+
+def test_gradients_of_parts_are_averaged_and_their_arrays_put_in_order():
+    state = linear_state(optax.sgd(0.1))
+    x_BM = jax.random.normal(jax.random.key(0), (8, 3))
+
+    def loss_fn(model, x_BM):
+        y_BL = model(x_BM)
+        return jnp.mean(y_BL**2), ({"largest": jnp.mean(jnp.max(y_BL, axis=1))}, y_BL)
+
+    whole, parts = (gradients(loss_fn, state, x_BM, n) for n in (1, 4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), parts, whole)
+    np.testing.assert_allclose(parts[2], state.model()(x_BM), rtol=1e-5, atol=1e-6)
