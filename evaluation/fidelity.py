@@ -67,12 +67,13 @@ def measure_fidelity(subject: str, scores: Scores, first: int = 1, pooled: bool 
     Args:
       subject: Begins the names, for instance "rollout": rollout_psnr.
       first: Number of the first frame.
-      pooled: PSNR of the mean error over clips, not the mean of their PSNRs, in which scenes where nothing moves would
-        drown the others (a repeated frame is perfect there).
+      pooled: `psnr` is that of the mean error over clips, not the mean of their PSNRs, in which scenes where nothing
+        moves would drown the others (a repeated frame is perfect there); `psnr_mean` is that mean in any case.
     """
     figures, per_clip, curves = {}, {}, {}
-    for metric in ("psnr", "ssim", "l1", "lpips"):
-        name, values_BT = f"{subject}_{metric}", getattr(scores, metric)
+    of_frames = {name: values for name, values in scores._asdict().items() if name != "mse"}
+    for metric, values_BT in (of_frames | {"psnr_mean": scores.psnr}).items():
+        name = f"{subject}_{metric}"
         if values_BT is None:
             figures[name] = NOT_MEASURED
             continue

@@ -36,7 +36,7 @@ AFTER_PROMPT = "frames after the prompt"
 
 def sections(metrics: Metrics, pictures: Pictures, speed: Metrics | None) -> list[Section]:
     """What a report holds; a part that was not measured is left out, a figure that was not says so."""
-    parts = [_fidelity, _distribution, _control, _meaning, _codebooks, _stability]
+    parts = [_fidelity, _motion, _distribution, _control, _meaning, _codebooks, _stability]
     made = [part(metrics, pictures) for part in parts]
     if speed:
         rows = [
@@ -80,6 +80,16 @@ def _fidelity(metrics: Metrics, pictures: Pictures) -> Section:
     if "actions" in metrics:
         text += f" Rollouts play the {metrics['actions']} actions of each clip."
     return Section("Fidelity", text, blocks)
+
+
+def _motion(metrics: Metrics, _: Pictures) -> Section | None:
+    charts = []
+    for metric in (metric for metric in DRIFT if f"rollout_{metric.key}" in metrics["per_horizon"]):
+        named = {"rollout": "rollouts", "real": "truth"}
+        lines = [_line(metrics, f"{key}_{metric.key}", name) for key, name in named.items()]
+        charts.append(Chart(metric.title, AFTER_PROMPT, [line for line in lines if line]))
+    text = "A world that stands still leaves its pixels unchanged; one that dissolves loses its sharpness."
+    return Section("Motion", text, charts) if charts else None
 
 
 def _distribution(metrics: Metrics, _: Pictures) -> Section | None:

@@ -26,6 +26,19 @@ def measure_stability(video: np.ndarray, real: np.ndarray) -> Measured:
     return measured
 
 
+def measure_motion(rollouts: np.ndarray, real: np.ndarray) -> Measured:
+    """Whether rollouts move, and stay sharp, as the clips that they began from do, frame by frame; curves only.
+
+    Args:
+      rollouts: With their prompt of one frame; real: the same clips as they were.
+    """
+    curves = {}
+    for name, frames in (("rollout", rollouts), ("real", real)):
+        curves[f"{name}_unchanged"] = curve(unchanged(frames))
+        curves[f"{name}_sharpness"] = curve(sharpness(frames)[:, 1:])
+    return Measured(curves=curves)
+
+
 def _of_frames(frames: np.ndarray, reference: np.ndarray) -> dict[str, np.ndarray]:
     """Each measure of all frames but the first, (B, Tm1); `reference` is the mean colour histogram of real frames."""
     return {

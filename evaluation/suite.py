@@ -23,7 +23,7 @@ from evaluation.fidelity import Compare, Scores, frame_metrics, infer, measure_f
 from evaluation.measured import Measured, of_picture
 from evaluation.perceptual import LPIPS, load_i3d, load_lpips
 from evaluation.rollouts import Player, measure_rollouts, play_on
-from evaluation.stability import measure_stability
+from evaluation.stability import measure_motion, measure_stability
 from models.errors import InputError
 from models.genie import World
 from models.lam import LAM
@@ -177,6 +177,7 @@ def measure_world(
     rollouts = np.concatenate([truth[:, :1], played[1]], axis=1)
     caption = "Truth over rollouts from the first frame with the truth's actions."
     measured |= _pairs("rollouts", truth, rollouts, caption)
+    measured |= measure_motion(rollouts, truth)
     names = [label.name for label in labels] if labels else [""] * num_actions
     measured |= action_sweep(play, truth[0, 0], truth.shape[1] - 1, names)
 
