@@ -210,3 +210,30 @@ def test_wrong_clips_are_refused():
         encode_clip(dataclasses.replace(clip, actions_T=clip.actions_T[:5]))
     with pytest.raises(ValueError, match="uint8"):
         encode_clip(dataclasses.replace(clip, frames_THWC=clip.frames_THWC.astype(np.float32)))
+
+
+def test_each_reward_stays_with_its_frame():
+    rewards = np.array([0, 0, 10, -0.5, 0, 1], np.float32)
+    clip = dataclasses.replace(make_clip(0, 6), rewards_T=rewards)
+    np.testing.assert_array_equal(decode_clip(encode_clip(clip)).rewards_T, rewards)
+    with pytest.raises(ValueError, match="5 rewards for 6 frames"):
+        encode_clip(dataclasses.replace(clip, rewards_T=rewards[:5]))
+
+
+def test_batches_are_cut_at_random_places(tmp_path):
+    frames = np.broadcast_to(np.arange(8, dtype=np.uint8)[:, None, None, None], (8, 4, 4, 3))
+    shard = write_shard(tmp_path, "train/0.array_record", [Clip(frames, f"{i}") for i in range(4)])
+    write_metadata(tmp_path, Metadata("x", (4, 4, 3), 1.0, None, {"train": (shard,)}, {}))
+    windows = np.concatenate([b.frames_BTHWC for b in take(batches(ClipSource(tmp_path, "train", 3), 4, seed=0), 30)])
+    starts = windows[:, 0, 0, 0, 0].astype(int)
+    np.testing.assert_array_equal(windows[:, :, 0, 0, 0], starts[:, None] + np.arange(3))
+    counts = np.bincount(starts)
+    assert len(counts) == 6
+    assert counts.min() > 8  # of 20 on average
+
+
+def test_a_file_that_fails_halfway_leaves_nothing_behind(tmp_path):
+    bad = dataclasses.replace(make_clip(1, 6), frames_THWC=np.zeros((6, 4, 4, 3), np.float32))
+    with pytest.raises(ValueError, match="uint8"):
+        write_shard(tmp_path, "train/0.array_record", [make_clip(0, 9), bad])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

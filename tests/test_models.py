@@ -314,3 +314,72 @@ def test_every_array_that_models_take_carries_its_shape():
                 if argument.annotation and ast.unparse(argument.annotation).startswith("jax.Array"):
                     named = shapes.axes_of(argument.arg) or argument.arg in plain
                     assert named, f"models/{module.name}.py, {function.name}: {argument.arg}"
+
+
+def test_one_update_weighs_a_codes_past_by_the_decay():
+    vq = VectorQuantizer(2, 3, 0.9, 0, nnx.Rngs(0))
+    before = np.asarray(vq.sums_KL[...])
+    vq.update(jnp.array([[0.0, 3.0, 4.0], [2.0, 0.0, 0.0]]), jnp.array([1, 1]), jax.random.key(0))
+    expected = [before[0], 0.9 * before[1] + 0.1 * np.array([1.0, 0.6, 0.8])]  # unit latents, summed
+    np.testing.assert_allclose(vq.sums_KL[...], expected, atol=1e-6)
+
+
+def test_centred_codes_look_at_latents_from_their_mean():
+    """From the batch's own mean in training, from its moving average else."""
+    vq, plain = (VectorQuantizer(3, 4, 0.9, 0, nnx.Rngs(0), centred=centred) for centred in (True, False))
+    latents = jax.random.normal(jax.random.key(1), (6, 4)) + 5.0
+    mean = jnp.mean(latents, axis=0)
+    trained = vq(latents, train=True)
+    np.testing.assert_array_equal(trained.codes_X, plain(latents - mean).codes_X)
+    np.testing.assert_allclose(trained.commitment, plain(latents - mean).commitment, rtol=1e-4)
+    np.testing.assert_array_equal(trained.latents_XL, latents)
+    vq.update(trained.latents_XL, trained.codes_X, jax.random.key(0))
+    plain.update(latents - mean, trained.codes_X, jax.random.key(0))
+    np.testing.assert_allclose(vq.codebook_KL, plain.codebook_KL, atol=1e-5)
+    np.testing.assert_allclose(vq.centre_L[...], 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(vq(latents).commitment, plain(latents - 0.1 * mean).commitment, rtol=1e-4)
+
+
+def test_idle_codes_move_to_different_latents():
+    vq = VectorQuantizer(5, 8, 0.9, 1, nnx.Rngs(0))
+    vq.update(jnp.eye(8), jnp.zeros(8, int), jax.random.key(0))
+    fresh = np.asarray(vq.codebook_KL[1:])
+    assert len(set(np.argmax(fresh, axis=1))) == 4
+    np.testing.assert_allclose(np.max(fresh, axis=1), 1, atol=1e-5)
+
+
+def test_lam_sees_motion_before_any_attention():
+    model = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0))
+    encoder, seen = model.encoder, []
+
+    def watched(x_BTNM):
+        seen.append(x_BTNM)
+        return encoder(x_BTNM)
+
+    model.encoder = watched
+
+    def encoder_input(frames_BTHWC):
+        model._latents(frames_BTHWC)
+        return seen.pop()
+
+    # What goes in for a frame comes from it and from the one before.
+    near = np.eye(T, dtype=bool) | np.eye(T, k=-1, dtype=bool)
+    np.testing.assert_array_equal(influence(encoder_input, FRAMES), near)
+
+
+def test_an_untrained_lam_repeats_the_last_frame():
+    model = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0))
+    np.testing.assert_array_equal(model(FRAMES).next_frames_BTm1HWC, FRAMES[:, :-1])
+
+
+@pytest.mark.parametrize("action_token", ["prepend", "add"])
+def test_a_hidden_place_knows_what_stood_there_a_frame_ago(action_token):
+    model = MaskGIT(dataclasses.replace(DYNAMICS, action_token=action_token), Compute(), nnx.Rngs(0))
+    hidden = jnp.zeros_like(TOKENS, bool).at[:, 2, 1].set(True)
+    previous = TOKENS[:, 0]
+    embed = lambda tokens: model.embed(tokens, hidden, ACTIONS, previous)
+    other = TOKENS.at[:, 1].set((TOKENS[:, 1] + 1) % 16)
+    change = np.abs(embed(TOKENS) - embed(other)).max(axis=(0, 3))[:, model.cfg.extra_places :] > 0
+    expected = np.zeros((T, 4), bool)
+    expected[1] = expected[2, 1] = True  # where they stand, and where the next frame is hidden
+    np.testing.assert_array_equal(change, expected)

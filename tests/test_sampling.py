@@ -300,3 +300,42 @@ def test_bad_settings_are_named():
     ):
         with pytest.raises(InputError, match=message):
             SamplingConfig(**flags)
+
+
+def test_hidden_tokens_are_drawn_anew_in_each_step():
+    seen = []
+
+    def logits(tokens, hidden):
+        seen.append((np.asarray(tokens), np.asarray(hidden)))
+        return jnp.zeros((1, 64, 1000))
+
+    with jax.disable_jit():
+        fill_tokens(logits, (1, 64), jax.random.key(0), SamplingConfig(steps=3))
+    (_, _), (first, _), (second, hidden) = seen
+    assert np.mean(first[hidden] == second[hidden]) < 0.1
+
+
+def test_the_noise_on_the_confidence_fades():
+    """In the last step but one of eight it is small, so that the unsure half of the tokens stays hidden."""
+    sure, hidden_before = np.arange(64) % 2 == 0, []
+
+    def logits(tokens, hidden):
+        hidden_before.append(np.asarray(hidden)[0])
+        return jnp.zeros((1, 64, 4)).at[:, :, 0].set(50.0 * sure * (len(hidden_before) == 7))
+
+    with jax.disable_jit():
+        fill_tokens(logits, (1, 64), jax.random.key(0), SamplingConfig(steps=8))
+    before, after = hidden_before[6], hidden_before[7]
+    assert (before & sure).sum() > 0
+    assert (after & ~sure).sum() == min(after.sum(), (before & ~sure).sum())
+
+
+def test_a_causal_model_draws_each_token_by_its_own_chance():
+    cfg = dataclasses.replace(CONFIG, dynamics=dataclasses.replace(CONFIG.dynamics, kind="causal"))
+    world = World(cfg, Compute(), nnx.Rngs(0))
+    # All codes are equally likely everywhere: a number drawn twice would give the same code twice.
+    world.dynamics.token_embedding[...] = jnp.zeros_like(world.dynamics.token_embedding[...])
+    state = start_rollout(world, FRAMES[:, :1], ACTIONS[:, :0])
+    tokens = next_frame(world, state, ACTIONS[:, 0], jax.random.key(0), SamplingConfig())[1].tokens_BN
+    assert all(len(set(row)) > 1 for row in np.asarray(tokens).tolist())
+    assert np.any(tokens[0] != tokens[1])
