@@ -118,11 +118,13 @@ def loss_fn(
 
 
 def see(world: World, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Tokens (B, T, N) and frames in [0, 1]; from a token dataset, which has none, the frames that the tokens make."""
-    if batch.tokens_BTN is not None:
+    """Tokens (B, T, N) and frames in [0, 1]; from a token dataset without, the frames that the tokens make."""
+    if batch.frames_BTHWC is None:
         tokens_BTN = batch.tokens_BTN.astype(jnp.int32)
         return tokens_BTN, jnp.clip(world.tokenizer.decode(tokens_BTN).frames_BTHWC, 0, 1)
     frames = batch.frames_BTHWC.astype(jnp.float32) / 255
+    if batch.tokens_BTN is not None:
+        return batch.tokens_BTN.astype(jnp.int32), frames
     return jax.lax.stop_gradient(world.tokenizer.encode(frames)), frames
 
 

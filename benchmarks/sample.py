@@ -55,6 +55,7 @@ def uncached_frame_s(world: World, B: int, steps: int) -> float:
     """Seconds for the last frame of the window where each step computes all of it."""
     T, N = world.cfg.window, world.cfg.dynamics.num_patches
     graphdef, variables = nnx.split(world)
+    pictures = jnp.zeros((B, T, *world.cfg.tokenizer.frame_shape))  # for models that see or move them
 
     @jax.jit
     def frame(variables, past_BTN, actions_BT, key):
@@ -63,11 +64,11 @@ def uncached_frame_s(world: World, B: int, steps: int) -> float:
         def logits(tokens_BN, hidden_BN):
             clip = jnp.concatenate([past_BTN, tokens_BN[:, None]], axis=1)
             hidden = jnp.concatenate([jnp.zeros_like(past_BTN, bool), hidden_BN[:, None]], axis=1)
-            return world.dynamics(clip, hidden, actions_BT).logits_BTNK[:, -1]
+            return world.dynamics(clip, hidden, actions_BT, last_BTHWC=pictures).logits_BTNK[:, -1]
 
         tokens = fill_tokens(logits, (B, N), key, SamplingConfig(steps=steps))
         clip = jnp.concatenate([past_BTN, tokens[:, None]], axis=1)
-        return world.tokenizer.decode(clip).frames_BTHWC[:, -1]
+        return world.tokenizer.decode_after(clip, pictures).frames_BTHWC[:, -1]
 
     past, actions = jnp.zeros((B, T - 1, N), jnp.int32), jnp.zeros((B, T), jnp.int32)
     return statistics.median(seconds(lambda: frame(variables, past, actions, jax.random.key(0)), repeats=3))

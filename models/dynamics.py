@@ -61,7 +61,7 @@ class Seen(NamedTuple):
     """A batch of clips as a dynamics model is trained on it; what a kind does not look at is never computed.
 
     tokens_BTN: int32, the tokenizer's.
-    frames_BTHWC: In [0, 1]; from a token dataset, which has none, the frames that the tokens make.
+    frames_BTHWC: In [0, 1]; from a token dataset without, the frames that the tokens make.
     actions_BTm1: int32; entry t leads from frame t to frame t + 1.
     """
 

@@ -75,20 +75,20 @@ class MotionHead(nnx.Module):
         return unpatchify(patches.reshape(B, T, N, -1), self.patch_size, self.frame_shape)
 
 
-def moved_patches(source_BTHWC: jax.Array, moves: jax.Array, patch_size: int) -> jax.Array:
+def moved_patches(source_BTHWC: jax.Array, moves_BTNX: jax.Array, patch_size: int) -> jax.Array:
     """Patches (B, T, ways, N, P) of pictures that each patch moves in its own ways.
 
     First all rows are moved in x, then all columns of the result in y, so that a patch needs the strip beside and the
     strip above and below it, and no window of its own. Beyond the picture its edge goes on.
 
     Args:
-      moves: (B, T, N, ways, 2, shifts): weights of shifts by -reach ... reach pixels, in x and in y. A pixel shows what
-        stood as many pixels to the right of it, or below it.
+      moves_BTNX: X is (ways, 2, shifts): weights of shifts by -reach ... reach pixels, in x and in y. A pixel shows
+        what stood as many pixels to the right of it, or below it.
     """
     B, T, H, W, C = source_BTHWC.shape
     p = patch_size
     rows, cols = -(-H // p), -(-W // p)
-    ways, shifts = moves.shape[3], moves.shape[5]
+    ways, shifts = moves_BTNX.shape[3], moves_BTNX.shape[5]
     reach = shifts // 2
     beside = -(-reach // p)  # patches that a shift can reach on either side
     # As a product: pixel i of a patch takes from pixel i + shift of its strip.
@@ -96,12 +96,12 @@ def moved_patches(source_BTHWC: jax.Array, moves: jax.Array, patch_size: int) ->
     onto = np.zeros((shifts, p, (2 * beside + 1) * p), np.float32)
     for shift in range(shifts):
         onto[shift, np.arange(p), place[:, shift]] = 1.0
-    by_axis = jnp.einsum("btnvad,dps->abtvnps", moves, onto).reshape(2, B, T, ways, rows, cols, p, -1)
+    by_axis = jnp.einsum("btnvad,dps->abtvnps", moves_BTNX, onto).reshape(2, B, T, ways, rows, cols, p, -1)
 
-    def strips(lines: jax.Array, axis: int, count: int) -> jax.Array:
+    def strips(lines_X: jax.Array, axis: int, count: int) -> jax.Array:
         """Cuts the last axis into patches, puts these at `axis`, and joins each with those beside it."""
-        edge = [(0, 0)] * (lines.ndim - 1) + [(beside * p, beside * p)]
-        cut = jnp.pad(lines, edge, mode="edge").reshape(*lines.shape[:-1], count + 2 * beside, p)
+        edge = [(0, 0)] * (lines_X.ndim - 1) + [(beside * p, beside * p)]
+        cut = jnp.pad(lines_X, edge, mode="edge").reshape(*lines_X.shape[:-1], count + 2 * beside, p)
         cut = jnp.moveaxis(cut, -2, axis)
         parts = [jax.lax.slice_in_dim(cut, i, i + count, axis=axis) for i in range(2 * beside + 1)]
         return jnp.concatenate(parts, axis=-1)

@@ -19,6 +19,7 @@ from utils.data import ClipSource
 from utils.records import SPLITS, Clip, Shard, TokenInfo, read_metadata, write_metadata, write_shard
 
 SHARD_CLIPS = 8192
+SHARD_CLIPS_WITH_FRAMES = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def write_tokens(options: TokenOptions) -> None:
             while clips := list(itertools.islice(remaining, options.batch_size)):
                 done += encode(clips)
                 progress.update(len(clips))
-                if len(done) >= SHARD_CLIPS:
+                if len(done) >= (SHARD_CLIPS_WITH_FRAMES if tokenizer.cfg.motion_reach else SHARD_CLIPS):
                     shards.append(write_shard(folder, f"{split}/{len(shards):05d}.array_record", done))
                     done = []
             if done:
@@ -136,7 +137,8 @@ def _encoder(tokenizer: Tokenizer, lam: LAM | None, batch_size: int) -> Callable
         return [
             dataclasses.replace(
                 clip,
-                frames_THWC=None,
+                # Tokens of changes do not say what a patch shows, which the dynamics model may want to see.
+                frames_THWC=clip.frames_THWC if tokenizer.cfg.motion_reach else None,
                 tokens_TN=tokens_BTN[i].astype(np.uint16),
                 latent_actions_T=None if lam is None else np.append(actions_BTm1[i], 0).astype(np.uint8),
             )

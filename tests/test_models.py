@@ -137,7 +137,7 @@ def test_an_action_changes_the_frame_it_leads_to_and_nothing_earlier():
 def test_hidden_tokens_are_invisible_and_alone_carry_loss():
     model = MaskGIT(DYNAMICS, Compute(), nnx.Rngs(0))
     run = lambda tokens: model(tokens, hidden, ACTIONS).logits_BTNK
-    hidden, weight = MaskGIT.draw(DYNAMICS, jax.random.key(3), B, T)
+    hidden, weight, _ = MaskGIT.draw(DYNAMICS, jax.random.key(3), B, T)
     np.testing.assert_allclose(weight, np.full(B, hidden.size / hidden.sum()), rtol=1e-6)
     assert not hidden[:, 0].any()
     assert 0 < hidden[:, 1:].sum() < hidden[:, 1:].size

@@ -16,7 +16,7 @@ from utils.records import Clip, Shard, decode_clip, read_metadata
 class Batch(NamedTuple):
     """A batch of clips, cut to the same length.
 
-    frames_BTHWC: uint8; None from a token dataset.
+    frames_BTHWC: uint8; None from a token dataset whose tokens say all.
     actions_BT: int32, `actions_BT[:, t]` leads from frame t to t + 1; None where the dataset has no actions.
     tokens_BTN: uint16; None from a dataset of frames.
     latent_actions_BT: uint8, aligned like `actions_BT`.
@@ -132,6 +132,7 @@ class ClipSource:
             return None if values[0] is None else np.stack(values).astype(dtype)
 
         return Batch(
+            frames_BTHWC=stack("frames_THWC", np.uint8),
             actions_BT=stack("actions_T", np.int32),
             tokens_BTN=stack("tokens_TN", np.uint16),
             latent_actions_BT=stack("latent_actions_T", np.uint8),

@@ -107,7 +107,7 @@ class Reporter:
         """Waits for the last step and reports on it.
 
         Raises:
-          DivergenceError: Its loss or its gradient is not finite.
+          DivergenceError: Its loss, its gradient or what it made of the parameters is not finite.
         """
         earlier, self.pending = self.pending, None
         if earlier:
@@ -115,7 +115,7 @@ class Reporter:
 
     def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
         numbers = {name: float(value) for name, value in metrics.items()}
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "param_norm"):
             if not math.isfinite(numbers[name]):
                 message = f"step {step}: {name} is {numbers[name]}"
                 raise DivergenceError(message, step, name, numbers[name])

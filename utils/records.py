@@ -36,7 +36,7 @@ COINRUN_IDLE_ACTION = "NONE"
 class Clip:
     """Consecutive frames of one episode, or their tokens.
 
-    frames_THWC: uint8; None in a token dataset.
+    frames_THWC: uint8; None in a token dataset whose tokens say all (see `TokenInfo`).
     actions_T: int32 or None; `actions_T[t]` leads from frame t to frame t + 1 (the last one leads out of the clip).
     rewards_T: float32 or None; `rewards_T[t]` was earned by `actions_T[t]`.
     level_seed: The level of the environment, or None.
@@ -55,7 +55,7 @@ class Clip:
 
     def __len__(self) -> int:
         """Frames."""
-        held = self.frames_THWC if self.frames_THWC is not None else self.tokens_TN
+        held = self.tokens_TN if self.tokens_TN is not None else self.frames_THWC
         assert held is not None
         return len(held)
 
@@ -68,9 +68,9 @@ def encode_clip(clip: Clip) -> bytes:
         if frames.dtype != np.uint8 or frames.ndim != 4:
             raise ValueError(f"frames must be uint8 (T, H, W, C), not {frames.dtype} {frames.shape}")
         record |= {"shape": frames.shape, "dtype": "uint8", "frames": frames.tobytes()}
-    else:
-        assert tokens is not None
-        record |= {"shape": tokens.shape, "dtype": "<u2", "tokens": np.asarray(tokens, "<u2").tobytes()}
+    if tokens is not None:
+        kept = {} if frames is None else {"frames_shape": frames.shape}
+        record |= {"shape": tokens.shape, "dtype": "<u2", "tokens": np.asarray(tokens, "<u2").tobytes()} | kept
     for name, values, dtype in (
         ("actions", clip.actions_T, "<i4"),
         ("rewards", clip.rewards_T, "<f4"),
@@ -98,15 +98,19 @@ def decode_clip(record: bytes, source: str = "record") -> Clip:
         def array(name: str, dtype: str) -> np.ndarray | None:
             return None if name not in fields else np.frombuffer(fields[name], dtype)
 
-        held = "tokens" if "tokens" in fields else "frames"
-        content = np.frombuffer(fields[held], fields["dtype"]).reshape(fields["shape"])
+        shape = fields["shape"]
+        tokens, frames = array("tokens", "<u2"), array("frames", "u1")
+        if tokens is None and frames is None:
+            raise KeyError("frames")
+        if tokens is not None:
+            tokens, shape = tokens.reshape(shape), fields.get("frames_shape", shape)
         return Clip(
-            frames_THWC=content if held == "frames" else None,
+            frames_THWC=None if frames is None else frames.reshape(shape),
             clip_id=fields["clip_id"],
             actions_T=array("actions", "<i4"),
             rewards_T=array("rewards", "<f4"),
             level_seed=fields.get("level_seed"),
-            tokens_TN=content if held == "tokens" else None,
+            tokens_TN=tokens,
             latent_actions_T=array("latent_actions", "u1"),
         )
     except InputError:

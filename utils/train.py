@@ -131,14 +131,14 @@ def fit(
     Args:
       kind: "tokenizer", "lam" or "world"; with `model_cfg`, what `config.json` says.
       build: Makes the model.
-      train_step: (state, batch, key) to (state, metrics); its metrics include `loss` and `grad_norm`.
+      train_step: (state, batch, key) to (state, metrics); its metrics include `loss`, `grad_norm`, `param_norm`.
       evaluate: (model, batch, key) to (metrics, videos (R, T, H, W, C) in [0, 1] to show above each other).
       trainable: nnx filter of the parameters that gradients train.
       initialise: Changes the model of a new training in place; puts trained parts into it.
       parts: Fingerprints of these parts.
       clip_flops: Of a training step, for one clip.
     Raises:
-      DivergenceError: The loss or the gradient is no longer finite; nothing was saved since.
+      DivergenceError: Loss, gradient or parameters are no longer finite; nothing was saved since.
     """
     folder, is_main, mesh = Path(cfg.ckpt_dir), jax.process_index() == 0, make_mesh(cfg.fsdp)
     _check_batch(cfg, mesh)
