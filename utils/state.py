@@ -91,6 +91,13 @@ def gradients(
     return grads, metrics, arrays
 
 
+def large_norm(tree: Any) -> jax.Array:
+    """The global norm, also of values whose squares are beyond float32: it is finite as long as they are."""
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in jax.tree.leaves(tree)])
+    scale = jnp.where(largest > 0, largest, 1.0)
+    return scale * optax.tree.norm(jax.tree.map(lambda x: x / scale, tree))
+
+
 def apply_gradients(state: TrainState, grads: Any, cfg: Any) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of the optimizer, and of the moving average.
 
@@ -104,7 +111,7 @@ def apply_gradients(state: TrainState, grads: Any, cfg: Any) -> tuple[TrainState
     ema = state.ema
     if ema is not None:
         ema = jax.tree.map(lambda a, b: cfg.ema_decay * a + (1 - cfg.ema_decay) * b, ema, params)
-    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": large_norm(params)}
     if cfg.log_gradients:
         norms |= {f"grad_norm/{name}": optax.tree.norm(part) for name, part in grads.items()}
     return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema), norms
