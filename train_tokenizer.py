@@ -30,6 +30,7 @@ class Config(TrainConfig):
 
 PRESETS = {
     "coinrun": Config(),
+    "moving": Config(model=TokenizerConfig(rotary_space=True, motion_reach=6)),
     # Short clips and one block each way: on a CPU many cheap steps teach more than few dear ones.
     "tiny": Config(
         model=TokenizerConfig(
@@ -60,7 +61,8 @@ PRESETS = {
         batch_size=4,
     ),
 }
-"""coinrun: Appendix F; not run on a GPU yet.
+"""coinrun: the paper's, Appendix F; not run on a GPU yet.
+moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has run it.
 
 tiny: what `make demo` runs, `python train_tokenizer.py --preset tiny`; its decoder moves the last frame.
 bench: for benchmarks/ only.
