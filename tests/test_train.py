@@ -1,5 +1,8 @@
-"""The training scripts as users run them: what they leave behind, resume, what stays frozen, and clear refusals."""
+"""The training scripts as users run them: what they leave behind, resume, what stays frozen, and clear refusals. At the
+end, the parts of the clockwork one by one.
+"""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,16 +14,30 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 import sample
+from models.errors import DivergenceError, InputError
 from models.genie import checkpoint_steps, load_lam, load_tokenizer, load_world
+from models.lam import LAMConfig
+from models.tokenizer import TokenizerConfig
 from sample import choose_actions, known_actions
 from sources.images import read_image
 from tests.conftest import CACHE, FRAME, LAM, ROOT, SMALL, TOKENIZER, make_clip, make_dataset, script
+from utils import progress
+from utils.checkpoint import HARMLESS, CheckpointConfig, Checkpoints, write_config
+from utils.cli import with_flags
 from utils.data import ClipSource, batches
+from utils.logging import Files, Writers
+from utils.metrics import perplexity, pooled_psnr, psnr, ssim, usage
+from utils.progress import Profiler, Reporter, Speed, Waiting
 from utils.records import Metadata, write_metadata, write_shard
+from utils.sharding import make_mesh
+from utils.state import TrainState, apply_gradients
+from utils.train import TrainConfig, Validation, compile_step, read
 from utils.video import label
 
 
@@ -318,3 +335,208 @@ def test_help_explains_every_flag(name):
         # After the flag's name and type there are words, and not its default alone.
         explained = re.sub(r"^\S+( \{.*?\}| \[.*?\]| [A-Z|]+)*|\(default:.*?\)", "", flag, flags=re.DOTALL)
         assert len(re.findall(r"[A-Za-z]{2,}", explained)) >= 2, flag
+
+
+def linear_state(seed=0, ema=True):
+    return TrainState.create(nnx.Linear(3, 2, rngs=nnx.Rngs(seed)), nnx.Param, optax.adam(0.1), ema)
+
+
+def test_a_restored_state_is_the_saved_one(tmp_path):
+    """The moving average too, which differs from the parameters."""
+    cfg, state = TrainConfig(ema_decay=0.5), linear_state()
+    for _ in range(2):
+        state, _ = apply_gradients(state, jax.tree.map(jnp.ones_like, state.params), cfg)
+    write_config(tmp_path, "tokenizer", TokenizerConfig(), cfg)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    meta = {"step": 2, "batch": 2, "seed": 0}
+    checkpoints.save(state, meta, None)
+    checkpoints.close()
+    restored, told = Checkpoints(tmp_path, CheckpointConfig()).restore(linear_state(seed=1), make_mesh())
+    assert told == meta
+    for name in ("params", "rest", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(restored, name), getattr(state, name))
+    assert np.any(restored.ema["kernel"][...] != restored.params["kernel"][...])
+
+
+CURVE = {
+    *("learning_rate", "schedule", "warmup_steps", "decay_steps", "final_learning_rate", "beta1", "beta2"),
+    *("weight_decay", "grad_clip", "ema_decay", "batch_size", "seq_len", "grad_accum", "seed", "dtype"),
+}
+"""Flags that change what is learned: no resumed run may change them."""
+
+
+def test_flags_that_change_the_curve_are_refused_on_resume_and_others_are_not(tmp_path):
+    assert {field.name for field in dataclasses.fields(TrainConfig)} <= CURVE | HARMLESS
+    cfg = TrainConfig()
+    write_config(tmp_path, "tokenizer", TokenizerConfig(), cfg)
+    (tmp_path / "1" / "model").mkdir(parents=True)  # what counts as a checkpoint
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        other = (
+            {"wsd": "cosine", "float32": "bfloat16"}.get(value, "other") if isinstance(value, str) else 2 * value + 1
+        )
+        changed = TrainConfig()
+        object.__setattr__(changed, field.name, other)  # without the checks of what is allowed
+        if field.name in CURVE:
+            with pytest.raises(InputError, match=rf"train\.{field.name}: stored .*, given {other}"):
+                write_config(tmp_path, "tokenizer", TokenizerConfig(), changed)
+        else:
+            write_config(tmp_path, "tokenizer", TokenizerConfig(), changed)
+            write_config(tmp_path, "tokenizer", TokenizerConfig(), cfg)
+    with pytest.raises(InputError, match=r"model\.width: stored 512, given 64"):
+        write_config(tmp_path, "tokenizer", TokenizerConfig(width=64), cfg)
+
+
+def test_a_resumed_curve_has_no_doubles_and_no_torn_line(tmp_path):
+    first = Files(tmp_path, 0)
+    for step in range(1, 6):
+        first.scalars(step, {"loss": 1.0 / step})
+    first.close()
+    whole = lines(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while it wrote
+    again = Files(tmp_path, 3)
+    for line in whole[3:]:
+        again.scalars(line["step"], {"loss": line["loss"]})
+    again.close()
+    assert lines(tmp_path) == whole
+
+
+def test_metrics_on_known_values():
+    codes = jnp.array([[0, 0], [1, 2]])
+    assert usage(codes, 6) == pytest.approx(3 / 6)
+    assert perplexity(codes, 6) == pytest.approx(2**1.5)  # an entropy of 1.5 bits
+    assert perplexity(jnp.arange(6), 6) == pytest.approx(6)
+    # Two videos of three frames; in the second frame one is off by 0.1, in the third both are, by 0.1 and 0.2.
+    truth = jnp.full((2, 3, 16, 16, 3), 0.5)
+    seen = truth.at[0, 1].add(0.1).at[0, 2].add(0.1).at[1, 2].add(0.2)
+    np.testing.assert_allclose(psnr(seen, truth), [[60, 20, 20], [60, 60, 20 * np.log10(5)]], rtol=1e-4)
+    np.testing.assert_allclose(pooled_psnr(seen, truth), [60, -10 * np.log10(0.005), -10 * np.log10(0.025)], rtol=1e-4)
+    # Of flat images structural similarity leaves the means' term alone.
+    a, b, c1 = 0.5, np.array([[0.5, 0.6, 0.6], [0.5, 0.5, 0.7]]), 0.01**2
+    np.testing.assert_allclose(ssim(seen, truth), (2 * a * b + c1) / (a**2 + b**2 + c1), rtol=1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    seed: int = 0
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    lam: LAMConfig = dataclasses.field(default_factory=LAMConfig)
+
+
+def test_fields_in_messages_become_the_flags_that_set_them():
+    message = "`width` 3 and `seed` 4: not `this`"
+    assert with_flags(InputError(message), Nested) == "`width` 3 and --seed 4: not `this`"
+    assert with_flags(InputError(message, of=LAMConfig), Nested) == "--lam.width 3 and --seed 4: not `this`"
+    assert with_flags(InputError(message, of=TokenizerConfig), Nested) == "--tokenizer.width 3 and --seed 4: not `this`"
+
+
+class Recorder(Writers):
+    """Remembers what it was told."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def scalars(self, step, values):
+        self.told.append((step, values))
+
+
+def reported(last_step, loss=lambda step: 1.0 / step):
+    recorder = Recorder()
+    reporter = Reporter(recorder, Speed(4, 1e12, "float32", Waiting()), 4, last_step)
+    for step in range(1, last_step + 1):
+        reporter.take(step, {"loss": jnp.float32(loss(step)), "grad_norm": jnp.float32(1)})
+        assert all(told < step for told, _ in recorder.told)  # one step late, so that nobody waits
+    reporter.flush()
+    return recorder.told
+
+
+def test_metrics_are_told_at_intervals_and_at_the_last_step():
+    told = reported(10)
+    assert [(step, values["loss"]) for step, values in told] == [(s, pytest.approx(1 / s)) for s in (4, 8, 10)]
+    assert "steps_per_s" not in told[0][1]
+    assert "steps_per_s" in told[1][1]
+
+
+@pytest.mark.parametrize("bad", [3, 4, 5])
+def test_the_first_number_that_is_not_finite_stops_a_training(bad):
+    with pytest.raises(DivergenceError, match=f"step {bad}: loss is nan") as raised:
+        reported(5, lambda step: np.nan if step >= bad else 1.0)
+    assert (raised.value.step, raised.value.name) == (bad, "loss")
+
+
+def test_speed_and_the_share_of_waiting(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    waiting = Waiting()
+    speed = Speed(8, 5e12, "float32", waiting)
+
+    def spend(seconds, waits):
+        with waiting:
+            now[0] += waits
+        now[0] += seconds - waits
+
+    spend(50, 20)  # compiling
+    assert speed.rates(1) == {}
+    spend(3, 1)
+    spend(5, 3)
+    expected = {"steps_per_s": 0.5, "clips_per_s": 4.0, "data_wait": 0.5, "tflops_per_s": 2.5}
+    assert speed.rates(5) == pytest.approx(expected)
+    spend(100, 10)  # a validation
+    speed.restart(5)
+    spend(10, 1)
+    assert speed.rates(15) == pytest.approx({"steps_per_s": 1, "clips_per_s": 8, "data_wait": 0.1, "tflops_per_s": 5})
+
+
+def test_a_trace_holds_steps_ten_to_fifteen(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda folder: calls.append(("start", folder)))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: calls.append("stop"))
+    for wanted in (False, True):
+        profiler = Profiler(wanted, tmp_path)
+        for step in range(1, 21):
+            profiler.after(step)
+            calls.append(step)
+    assert calls[20:] == [*range(1, 10), ("start", str(tmp_path / "profile")), *range(10, 15), "stop", *range(15, 21)]
+    assert calls[:20] == list(range(1, 21))
+
+
+def test_each_step_has_its_own_key_and_the_same_one_after_a_restart():
+    cfg, mesh = TrainConfig(seed=3), make_mesh()
+    train_step = lambda state, batch, key: (state, {"drawn": jax.random.uniform(key)})
+
+    def drawn(steps):
+        state, batch, numbers = linear_state(), jnp.zeros(2), []
+        step_fn, _ = compile_step(cfg, mesh, train_step, state, batch)
+        for step in steps:
+            state, metrics = step_fn(state, batch, np.int32(step))
+            numbers.append(float(metrics["drawn"]))
+        return numbers
+
+    first = drawn(range(4))
+    assert len(set(first)) == 4
+    assert drawn([2, 3]) == first[2:]
+
+
+def test_a_validation_looks_at_the_moving_average_and_at_the_same_batches(dataset):
+    cfg, mesh = TrainConfig(batch_size=4, seq_len=6, val_batches=3, seed=5), make_mesh()
+    source = ClipSource(dataset, "val", 6)
+
+    def evaluate(model, batch, key):
+        frames = batch.frames_BTHWC.astype(jnp.float32) / 255
+        return {"kernel": jnp.mean(model.kernel[...]), "frames": jnp.mean(frames)}, frames[:1]
+
+    state = dataclasses.replace(linear_state(), ema=jax.tree.map(lambda x: x + 7, linear_state().params))
+    validate = Validation(cfg, mesh, evaluate, source)
+    metrics, picture = validate(state)
+    assert metrics["val_kernel"] == pytest.approx(float(jnp.mean(state.params["kernel"][...])) + 7)
+    stream = read(cfg, mesh, source, cfg.seed + 1, 0, 0)
+    clips = [np.asarray(next(stream).frames_BTHWC) for _ in range(3)]
+    assert metrics["val_frames"] == pytest.approx(np.mean(clips) / 255, rel=1e-5)
+    assert any(np.array_equal(picture[:16, :16], frame) for frame in clips[0][0])
+    again, same = validate(state)
+    assert again == metrics
+    np.testing.assert_array_equal(same, picture)
+    with_params, _ = validate(dataclasses.replace(state, ema=None))
+    assert with_params["val_kernel"] == pytest.approx(metrics["val_kernel"] - 7, abs=1e-5)
