@@ -51,11 +51,6 @@ class DynamicsConfig(STConfig):
     num_actions: Annotated[int, tyro.conf.Suppress] = 6
     """Actions, latent or true, set from the LAM's checkpoint or the dataset."""
 
-    @property
-    def extra_places(self) -> int:
-        """Places beside a frame's tokens: the action's, in a MaskGIT. In a causal model it takes the first place."""
-        return int(self.kind == "maskgit" and self.action_token == "prepend")
-
 
 class Seen(NamedTuple):
     """A batch of clips as a dynamics model is trained on it; what a kind does not look at is never computed.
@@ -169,10 +164,10 @@ class TokenDynamics(Dynamics):
         # The last row stands for a hidden token, and for no action.
         self.token_embedding = init.embeddings(rngs, cfg.num_codes + 1, cfg.width)
         self.action_embedding = init.embeddings(rngs, cfg.num_actions + 1, cfg.width)
-        self.position_NM = init.positions(rngs, cfg.num_patches + cfg.extra_places, cfg.width)
+        self.position_NM = init.positions(rngs, cfg.num_patches + self.extra_places(cfg), cfg.width)
         if cfg.sees_picture:
             self.picture_in = linear(cfg.patch_size**2 * cfg.frame_shape[2], cfg.width, compute, rngs, bias=True)
-        places = Places(-(-cfg.frame_shape[1] // cfg.patch_size), cfg.extra_places)
+        places = Places(-(-cfg.frame_shape[1] // cfg.patch_size), self.extra_places(cfg))
         self.transformer = STTransformer(cfg, compute, rngs, places, causal_space=self.causal_space)
 
     def __call__(
@@ -198,7 +193,7 @@ class TokenDynamics(Dynamics):
         x_BTNM = self.embed(tokens_BTN, hidden_BTN, actions_BT, previous_BN)
         if self.cfg.sees_picture:
             assert last_BTHWC is not None
-            x_BTNM = x_BTNM.at[:, :, self.cfg.extra_places :].add(self.embed_picture(last_BTHWC))
+            x_BTNM = x_BTNM.at[:, :, self.extra_places(self.cfg) :].add(self.embed_picture(last_BTHWC))
         return self._predict(x_BTNM, past, keep)
 
     def embed_picture(self, last_BTHWC: jax.Array) -> jax.Array:
@@ -222,8 +217,13 @@ class TokenDynamics(Dynamics):
         raise NotImplementedError
 
     @staticmethod
-    def flops(cfg: DynamicsConfig, num_frames: int) -> int:
-        return flops.dynamics_forward(cfg, num_frames)
+    def extra_places(cfg: DynamicsConfig) -> int:
+        """Places before a frame's tokens, such as the action's; none, unless a kind says otherwise."""
+        return 0
+
+    @classmethod
+    def flops(cls, cfg: DynamicsConfig, num_frames: int) -> int:
+        return flops.dynamics_forward(cfg, num_frames, extra_places=cls.extra_places(cfg))
 
     @staticmethod
     def hide(cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int) -> jax.Array:
@@ -287,7 +287,7 @@ class TokenDynamics(Dynamics):
 
     def _predict(self, x_BTNM: jax.Array, past: Past | None, keep: bool) -> Predicted:
         hidden_BTNM, time, space = self.transformer(x_BTNM, past, keep)
-        hidden_BTNM = hidden_BTNM[:, :, self.cfg.extra_places :]
+        hidden_BTNM = hidden_BTNM[:, :, self.extra_places(self.cfg) :]
         table_KM = self.token_embedding[: self.cfg.num_codes].astype(hidden_BTNM.dtype)
         logits_BTNK = jnp.einsum("btnm,km->btnk", hidden_BTNM, table_KM, preferred_element_type=jnp.float32)
         return Predicted(logits_BTNK * (2.0 * self.cfg.width**-0.5), hidden_BTNM, time, space)

@@ -92,9 +92,9 @@ def lam_step(cfg: "LAMConfig", num_frames: int) -> int:
     return 3 * (lam_infer(cfg, num_frames) + decoder)
 
 
-def dynamics_forward(cfg: "DynamicsConfig", num_frames: int, past: int = 0) -> int:
-    """Of a forward pass of a dynamics model over tokens, one clip after a cache of `past` frames."""
-    places, rows = cfg.num_patches + cfg.extra_places, cfg.num_patches * num_frames
+def dynamics_forward(cfg: "DynamicsConfig", num_frames: int, past: int = 0, extra_places: int = 0) -> int:
+    """Of a forward pass of a dynamics model over tokens and extra places, one clip after a cache of `past` frames."""
+    places, rows = cfg.num_patches + extra_places, cfg.num_patches * num_frames
     picture = dense(rows, cfg.patch_size**2 * cfg.frame_shape[2], cfg.width) if cfg.sees_picture else 0
     return (
         picture

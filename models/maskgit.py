@@ -32,8 +32,14 @@ class MaskGIT(TokenDynamics):
         return x_BTNM + actions_BT1M + self.position_NM[...]
 
     @staticmethod
+    def extra_places(cfg: DynamicsConfig) -> int:
+        """A prepended action's."""
+        return int(cfg.action_token == "prepend")
+
+    @staticmethod
     def frame_flops(cfg: DynamicsConfig, window: int, sampling: SamplingConfig) -> int:
-        return (sampling.steps + 1) * flops.dynamics_forward(cfg, 1, window)
+        forward = flops.dynamics_forward(cfg, 1, window, MaskGIT.extra_places(cfg))
+        return (sampling.steps + 1) * forward
 
     @staticmethod
     def hide(cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int) -> jax.Array:

@@ -379,7 +379,7 @@ def test_a_hidden_place_knows_what_stood_there_a_frame_ago(action_token):
     previous = TOKENS[:, 0]
     embed = lambda tokens: model.embed(tokens, hidden, ACTIONS, previous)
     other = TOKENS.at[:, 1].set((TOKENS[:, 1] + 1) % 16)
-    change = np.abs(embed(TOKENS) - embed(other)).max(axis=(0, 3))[:, model.cfg.extra_places :] > 0
+    change = np.abs(embed(TOKENS) - embed(other)).max(axis=(0, 3))[:, model.extra_places(model.cfg) :] > 0
     expected = np.zeros((T, 4), bool)
     expected[1] = expected[2, 1] = True  # where they stand, and where the next frame is hidden
     np.testing.assert_array_equal(change, expected)
