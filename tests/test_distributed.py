@@ -235,6 +235,7 @@ def test_a_moving_average_is_saved_and_sampled_from(trained, dataset, tmp_path):
     assert np.any(average[kernel] != last[kernel])
     np.testing.assert_array_equal(load_tokenizer(tmp_path).patch_in.kernel[...], average[kernel])
     script(name, *model, *flags(dataset, tmp_path), "--num_steps", 5, "--ema_decay", 0.5)
+    assert checkpoint_steps(tmp_path) == [3, 5]  # the last step is saved, whatever the interval
 
 
 def test_harmless_flags_may_change_on_resume(half, trained, dataset):

@@ -38,6 +38,7 @@ from player.actions import Action, idle_action, matching_actions, read_actions
 from player.engine import Engine, Request
 from player.game import MAX_UPLOAD, Game, Player
 from player.pictures import decode_picture, fit_picture
+from player.recording import Moment, encode_recording
 from player.server import build_app, check_address
 from sources.video import read_video
 from tests.conftest import CACHE, ROOT
@@ -414,6 +415,89 @@ def test_other_origins_are_refused(game, headers, allowed):
     asyncio.run(play())
 
 
+def test_on_a_network_any_name_will_do_but_no_other_origin(game):
+    async def play():
+        async with TestServer(build_app(game, loopback=False)) as server, aiohttp.ClientSession() as session:
+            for headers, status in (
+                ({"Host": "lab.example"}, 200),
+                ({"Host": "lab.example", "Origin": "http://lab.example"}, 200),
+                ({"Host": "lab.example", "Origin": "http://evil.example"}, 403),
+            ):
+                async with session.get(server.make_url("/status"), headers=headers) as response:
+                    assert response.status == status, headers
+
+    asyncio.run(play())
+
+
+def test_the_page_may_load_nothing_from_elsewhere(game):
+    async def play():
+        async with serving(game) as (server, session, _), session.get(server.make_url("/")) as response:
+            assert await response.text() == (ROOT / "player" / "page.html").read_text()
+            policy = response.headers["Content-Security-Policy"].split("; ")
+            assert {"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"} <= set(policy)
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
+
+    asyncio.run(play())
+
+
+class Message:
+    """A text that a browser sent."""
+
+    type = aiohttp.WSMsgType.TEXT
+
+    def __init__(self, **fields):
+        self.data = json.dumps(fields)
+
+
+def test_a_start_takes_back_the_step_that_was_meant_for_the_game_before(game):
+    class Connection:
+        transport = None
+
+    async def read() -> None:
+        player = Player(game, None, Connection())
+        await player.read(Message(type="step", action=1, steps=1, temperature=1))
+        await player.read(Message(type="step", action=2, steps=1, temperature=1))
+        assert player.inbox["step"]["action"] == 2
+        await player.read(Message(type="start", prompt=0, seed=0))
+        assert list(player.inbox) == ["start"]
+
+    asyncio.run(read())
+
+
+def test_a_seed_chooses_the_frames_to_start_from(game):
+    np.testing.assert_array_equal(game.prompts(1), game.prompts(1))
+    assert np.any(game.prompts(1) != game.prompts(2))
+
+
+def test_a_full_recording_ends_and_the_next_one_begins_anew(game, monkeypatch):
+    monkeypatch.setattr(game, "max_recording", 2)
+
+    async def play():
+        async with serving(game) as (_, _, connect):
+            client = await connect()
+            await client.receive("hello")
+            await client.start()
+            for _ in range(2):
+                await client.send(type="record", on=True)
+                assert (await client.receive("recording"))[0]["recorded"] == 0
+                told = []
+                for _ in range(3):
+                    await client.send(type="step", action=0, steps=1, temperature=1)
+                    header, _ = await client.receive("frame")
+                    told.append((header["recorded"], header["recording"]))
+                assert told == [(1, True), (2, False), (2, False)]
+        await left(game)
+
+    asyncio.run(play())
+
+
+def test_a_recording_plays_at_the_rate_of_most_of_its_frames(tmp_path):
+    frame = np.zeros((16, 16, 3), np.uint8)
+    recording = [Moment(second, [frame], ["UP"]) for second in (0.0, 0.1, 0.2, 0.3, 9.0)]  # with a pause
+    (tmp_path / "a.mp4").write_bytes(encode_recording(recording, "mp4"))
+    assert read_video(tmp_path / "a.mp4")[1] == pytest.approx(10)
+
+
 def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, format="png")
@@ -457,6 +541,10 @@ def test_pictures_are_cut_to_the_right_shape():
     np.testing.assert_array_equal(fit_picture(wide, 5, 5), 200)
     assert fit_picture(wide, 20, 40).shape == (20, 40, 3)
     np.testing.assert_array_equal(decode_picture(png(wide)), wide)
+    turned, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # the orientation of a camera held upright
+    Image.fromarray(wide).save(turned, format="png", exif=exif)
+    np.testing.assert_array_equal(decode_picture(turned.getvalue()), np.rot90(wide, -1))
     bomb = io.BytesIO()
     Image.new("1", (6000, 6000)).save(bomb, format="png")
     with pytest.raises(InputError, match="6000×6000"):
@@ -477,7 +565,9 @@ def test_labels_say_what_actions_do(tmp_path, capsys):
     assert read_actions(str(tmp_path), 3, None) == [Action()] * 3
     assert "2 labels for 3 actions" in capsys.readouterr().err
     theirs = [Action("NONE", 1, 5), Action("LEFT", 1, 5), Action("RIGHT", 1, 2), Action("RIGHT", 1, 3)]
-    assert matching_actions([*actions, Action("UP"), Action("X"), Action("Y")], theirs) == [3, 0, 2, 3, 0]
+    ours = [*actions, Action("UP"), Action("X"), Action("Y")]
+    assert matching_actions(ours, theirs) == [3, 0, 2, 3, 0]
+    assert matching_actions(ours, theirs, "LEFT") == [3, 0, 2, 3, 1]  # there LEFT is what does nothing
 
 
 def test_a_missing_dataset_is_told(tmp_path, capsys):
