@@ -116,7 +116,7 @@ class Reporter:
     def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
         numbers = {name: float(value) for name, value in metrics.items()}
         for name in ("loss", "grad_norm", "param_norm"):
-            if not math.isfinite(numbers[name]):
+            if not math.isfinite(numbers.get(name, 0.0)):
                 message = f"step {step}: {name} is {numbers[name]}"
                 raise DivergenceError(message, step, name, numbers[name])
         if step % self.interval == 0 or step == self.last_step:
