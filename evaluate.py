@@ -31,7 +31,8 @@ from models.genie import load, read_config, stored_sampling
 from models.nn import Compute
 from models.sampling import SamplingFlags
 from utils.cli import run
-from utils.data import ClipSource, frames_folder
+from utils.data import ClipSource
+from utils.exported import data_of, output_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Config(Plan, SamplingFlags):
     """Measures a checkpoint; its architecture comes from the checkpoint alone. Zeros stand for defaults by device."""
 
     checkpoint: str = "runs/dynamics"
-    """--ckpt_dir of the training of a world, a tokenizer or a LAM."""
+    """--ckpt_dir of the training of a world, a tokenizer or a LAM, or an exported world."""
     data_dir: str = ""
     """Dataset of the clips; default: the one that the checkpoint was trained on."""
     output_dir: str = ""
-    """Where to write; default: evaluation/ in the checkpoint's folder."""
+    """Where to write; default: evaluation/ in the checkpoint's folder, or in runs/<name> of an exported world."""
     split: Literal["val", "test", "train"] = "val"
     """Split of the clips."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -110,12 +111,12 @@ def main(cfg: Config) -> None:
         "perceptual_net": cfg.perceptual_net if bench.lpips else None,
     }
     metrics = (measured | Measured(details=setting)).to_json()
-    folder = Path(cfg.output_dir or Path(cfg.checkpoint) / "evaluation")
+    folder = Path(cfg.output_dir or output_of(cfg.checkpoint, "evaluation"))
     write_json(folder / "metrics.json", metrics)
     write_json(folder / "speed.json", speed | {"wall_seconds": round(time.perf_counter() - began, 1)})
     if labels:
         try:
-            write_json(Path(cfg.checkpoint) / "action_labels.json", [dataclasses.asdict(label) for label in labels])
+            write_json(output_of(cfg.checkpoint, "action_labels.json"), [dataclasses.asdict(label) for label in labels])
         except OSError as error:  # somebody else's checkpoint, perhaps; the measurements are not lost for that
             print(f"warning: no labels of the actions for play.py: {error}", file=sys.stderr)
     title = f"{kind.capitalize()} {cfg.checkpoint}"
@@ -135,7 +136,7 @@ def set_up_jax(cfg: Config) -> None:
 
 def open_clips(cfg: Config, stored: dict[str, Any], frame_shape: tuple[int, int, int]) -> ClipSource:
     """The clips to measure on, as long as those of the training that `stored` describes."""
-    data_dir = cfg.data_dir or frames_folder(stored["train"]["data_dir"])
+    data_dir = cfg.data_dir or data_of(cfg.checkpoint)
     window = stored["model"]["window"] if stored["kind"] == "world" else stored["train"]["seq_len"]
     source = ClipSource(data_dir, cfg.split, window)
     found = source.metadata.frame_shape

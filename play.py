@@ -18,7 +18,7 @@ import jax
 import tyro
 
 from models.errors import InputError
-from models.genie import load_world, read_config, stored_sampling
+from models.genie import load_world, stored_sampling
 from models.nn import Compute
 from models.sampling import SamplingFlags
 from player.actions import read_actions
@@ -26,7 +26,8 @@ from player.engine import Engine
 from player.game import MAX_STEPS, Game
 from player.server import check_address, serve
 from utils.cli import run, with_flags
-from utils.data import ClipSource, frames_folder
+from utils.data import ClipSource
+from utils.exported import data_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Config(SamplingFlags):
     """Serves a web page in which to play a world, or to compare two of them; sampling is what it starts with."""
 
     checkpoint: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """--ckpt_dir of the world's training; give the flag twice to compare two. Default: runs/dynamics."""
+    """--ckpt_dir of the world's training, or an exported world; give the flag twice to compare two. Default:
+    runs/dynamics."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets others on the network play."""
     port: int = 8000
@@ -78,7 +80,7 @@ def load_game(cfg: Config) -> Game:
     width = 1 if on_cpu else cfg.max_players
     thread = ThreadPoolExecutor(1, "device")
     engines = [Engine(load_world(name, Compute(dtype=dtype)), width, thread) for name in names]
-    source, message = open_dataset(cfg, cfg.data_dir or read_config(names[0])["train"]["data_dir"])
+    source, message = open_dataset(cfg, names[0])
     metadata = source.metadata if source else None
     true_names = metadata.action_names if metadata else None
     actions = [
@@ -93,15 +95,15 @@ def load_game(cfg: Config) -> Game:
     return Game(names, engines, actions, sampling, source, message, fps, cfg.seed, cfg.max_players, idle)
 
 
-def open_dataset(cfg: Config, folder: str) -> tuple[ClipSource | None, str]:
+def open_dataset(cfg: Config, checkpoint: str) -> tuple[ClipSource | None, str]:
     """The clips to start from; or None, if the world's own dataset has gone, and what to tell the player."""
     try:
-        return ClipSource(cfg.data_dir or frames_folder(folder), cfg.split, 1), ""
+        return ClipSource(cfg.data_dir or data_of(checkpoint), cfg.split, 1), ""
     except InputError as error:
         if cfg.data_dir:
             raise
         print(f"warning: no frames to start from: {with_flags(error, Config)}", file=sys.stderr)
-        return None, f"The world's dataset is not in {folder}. Upload a picture, or start with --data_dir."
+        return None, f"The dataset of {checkpoint} is not there. Upload a picture, or start with --data_dir."
 
 
 def main(cfg: Config) -> None:

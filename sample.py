@@ -19,12 +19,13 @@ import numpy as np
 
 from evaluation.clips import to_uint8
 from models.errors import InputError
-from models.genie import World, load_world, read_config, stored_sampling
+from models.genie import World, load_world, stored_sampling
 from models.nn import Compute
 from models.sampling import SamplingFlags, rollout
 from player.actions import read_actions
 from utils.cli import run
-from utils.data import Batch, ClipSource, batches, frames_folder, longest_clip
+from utils.data import Batch, ClipSource, batches, longest_clip
+from utils.exported import data_of, output_of
 from utils.metrics import pooled_psnr, ssim
 from utils.video import label, strip, sweep, upscale, write_png, write_video
 
@@ -34,9 +35,9 @@ class Config(SamplingFlags):
     """Samples videos from a world; its architecture comes from the checkpoint alone."""
 
     checkpoint: str = "runs/dynamics"
-    """--ckpt_dir of the world's training."""
+    """--ckpt_dir of the world's training, or an exported world."""
     output_dir: str = ""
-    """Where to write; default: samples/ in the checkpoint's folder."""
+    """Where to write; default: samples/ in the checkpoint's folder, or in runs/<name> of an exported world."""
     data_dir: str = ""
     """Dataset of the prompts; default: the one that the world was trained on."""
     split: str = "val"
@@ -76,7 +77,7 @@ class Config(SamplingFlags):
 
 def read_clips(cfg: Config, world: World, num_frames: int) -> tuple[ClipSource, Batch]:
     """The clips to start from, in which the frames to predict follow if the actions are to come from there."""
-    data_dir = cfg.data_dir or frames_folder(read_config(cfg.checkpoint)["train"]["data_dir"])
+    data_dir = cfg.data_dir or data_of(cfg.checkpoint)
     length = cfg.prompt_frames + num_frames
     longest = longest_clip(data_dir, cfg.split)
     if cfg.from_truth and 0 < longest < length:
@@ -121,12 +122,6 @@ def choose_actions(cfg: Config, world: World, clips: Batch, num_frames: int) -> 
     if max(given) >= A:
         raise InputError(f"`actions` {cfg.actions}: this world has the actions 0 to {A - 1}")
     return np.broadcast_to(np.resize(np.array(given, np.int32), num_frames), (B, num_frames))
-
-
-def labels(cfg: Config, world: World, source: ClipSource) -> list[str]:
-    """What the actions mostly do, as evaluate.py found out; empty where it did not run."""
-    true_names = source.metadata.action_names if world.lam is None else None
-    return [action.name for action in read_actions(cfg.checkpoint, world.num_actions, true_names)]
 
 
 def draw(cfg: Config, truth: np.ndarray, predicted: np.ndarray, actions: np.ndarray, fps: float, folder: Path) -> None:
@@ -183,9 +178,11 @@ def main(cfg: Config) -> None:
     sampling = cfg.over(stored_sampling(cfg.checkpoint))
     predicted = rollout(world, prompt, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
     video = np.asarray(to_uint8(jnp.concatenate([prompt, predicted], axis=1)))
-    folder = Path(cfg.output_dir or Path(cfg.checkpoint) / "samples")
+    folder = Path(cfg.output_dir or output_of(cfg.checkpoint, "samples"))
     if cfg.actions == "sweep":
-        write_png(folder / "sweep.png", sweep(video, labels(cfg, world, source)))
+        true_names = source.metadata.action_names if world.lam is None else None
+        names = [action.name for action in read_actions(cfg.checkpoint, world.num_actions, true_names)]
+        write_png(folder / "sweep.png", sweep(video, names))
         print(f"wrote {folder}/sweep.png")
         return
     shown = slice(min(cfg.shown_clips, cfg.num_clips))

@@ -59,6 +59,33 @@ class Config(TrainConfig):
     """How the world is sampled by default, as in the rollouts of a validation."""
 
 
+TINY = Config(
+    model=DynamicsConfig(
+        width=128, num_heads=4, num_blocks=2, rotary_space=True, action_token="add", sees_picture=True
+    ),
+    lam=LAMConfig(
+        width=128,
+        num_heads=4,
+        num_blocks=1,
+        rotary_space=True,
+        patch_size=8,
+        num_codes=8,
+        unquantized_steps=250,
+        motion_reach=6,
+    ),
+    sampling=SamplingConfig(steps=2, temperature=0.0),
+    batch_size=2,
+    num_steps=1000,
+    learning_rate=2e-3,
+    final_learning_rate=0.0,
+    warmup_steps=20,
+    decay_steps=500,
+    beta2=0.95,
+    val_batches=8,
+    log_interval=50,
+    val_interval=500,
+    checkpoint_interval=500,
+)
 PRESETS = {
     "coinrun": Config(),
     "moving": Config(
@@ -66,32 +93,9 @@ PRESETS = {
         lam=LAMConfig(rotary_space=True, num_codes=8, motion_reach=6),
         sampling=SamplingConfig(steps=2, temperature=0.0),
     ),
-    "tiny": Config(
-        model=DynamicsConfig(
-            width=128, num_heads=4, num_blocks=2, rotary_space=True, action_token="add", sees_picture=True
-        ),
-        lam=LAMConfig(
-            width=128,
-            num_heads=4,
-            num_blocks=1,
-            rotary_space=True,
-            patch_size=8,
-            num_codes=8,
-            unquantized_steps=250,
-            motion_reach=6,
-        ),
-        sampling=SamplingConfig(steps=2, temperature=0.0),
-        batch_size=2,
-        num_steps=1000,
-        learning_rate=2e-3,
-        final_learning_rate=0.0,
-        warmup_steps=20,
-        decay_steps=500,
-        beta2=0.95,
-        val_batches=8,
-        log_interval=50,
-        val_interval=500,
-        checkpoint_interval=500,
+    "tiny": TINY,
+    "small": dataclasses.replace(
+        TINY, model=dataclasses.replace(TINY.model, num_blocks=4), batch_size=4, num_steps=8000, decay_steps=4000
     ),
     "bench": Config(
         model=DynamicsConfig(width=128, num_heads=4, num_blocks=6),
@@ -101,8 +105,8 @@ PRESETS = {
 }
 """coinrun: the paper's, Appendix F; not run on a GPU yet.
 moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has run it.
-
 tiny: what `make demo` runs, `python train_dynamics.py --preset tiny`, from its tokenizer and LAM.
+small: twice as deep and trained for longer, from the others' small ones, as for worlds/coinrun-small.
 bench: for benchmarks/ only.
 """
 
@@ -199,11 +203,6 @@ def world_config(cfg: Config, metadata: Metadata, source: ActionSource) -> World
     return WorldConfig(tokenizer, source.lam, dynamics, window=cfg.seq_len)
 
 
-def trainable(source: ActionSource) -> Any:
-    """Filter of the parameters that gradients train."""
-    return nnx.All(nnx.Param, nnx.Any(*map(nnx.PathContains, source.trainable)))
-
-
 def clip_flops(world_cfg: WorldConfig, source: ActionSource, from_tokens: bool = False) -> int:
     """Floating-point operations of a training step for one clip; frozen parts only run forward."""
     encode = 0 if from_tokens else flops.tokenizer_encode(world_cfg.tokenizer, world_cfg.window)
@@ -237,7 +236,7 @@ def main(cfg: Config) -> None:
         evaluate=lambda world, batch, key: evaluate(world, batch, key, cfg, source),
         train=train,
         val=val,
-        trainable=trainable(source),
+        trainable=source.trainable,
         initialise=initialise,
         parts=parts,
         clip_flops=clip_flops(world_cfg, source, from_tokens=train.metadata.tokens is not None),

@@ -30,32 +30,41 @@ class Config(TrainConfig):
     """Weight of the loss that holds latents near their codes; it soon draws all of them to one or two codes."""
 
 
+TINY = Config(
+    model=LAMConfig(
+        width=128,
+        num_heads=4,
+        num_blocks=1,
+        rotary_space=True,
+        patch_size=8,
+        num_codes=8,
+        codebook_decay=0.95,
+        unquantized_steps=250,
+        motion_reach=6,
+    ),
+    batch_size=8,
+    seq_len=4,
+    num_steps=700,
+    learning_rate=1.5e-3,
+    warmup_steps=20,
+    decay_steps=350,
+    beta2=0.95,
+    val_batches=8,
+    log_interval=50,
+    val_interval=350,
+    checkpoint_interval=350,
+)
 PRESETS = {
     "coinrun": Config(),
     "moving": Config(model=LAMConfig(rotary_space=True, num_codes=8, motion_reach=6)),
-    "tiny": Config(
-        model=LAMConfig(
-            width=128,
-            num_heads=4,
-            num_blocks=1,
-            rotary_space=True,
-            patch_size=8,
-            num_codes=8,
-            codebook_decay=0.95,
-            unquantized_steps=250,
-            motion_reach=6,
-        ),
-        batch_size=8,
-        seq_len=4,
-        num_steps=700,
-        learning_rate=1.5e-3,
-        warmup_steps=20,
-        decay_steps=350,
-        beta2=0.95,
-        val_batches=8,
-        log_interval=50,
-        val_interval=350,
-        checkpoint_interval=350,
+    "tiny": TINY,
+    "small": dataclasses.replace(
+        TINY,
+        model=dataclasses.replace(TINY.model, unquantized_steps=400),
+        num_steps=2500,
+        decay_steps=1250,
+        val_interval=1000,
+        checkpoint_interval=500,
     ),
     "bench": Config(
         model=LAMConfig(width=128, num_heads=4, num_blocks=4),
@@ -66,6 +75,7 @@ PRESETS = {
 moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has run it.
 
 tiny: what `make demo` runs, `python train_lam.py --preset tiny`; its decoder moves the last frame.
+small: the same model trained for longer, as for worlds/coinrun-small.
 bench: for benchmarks/ only.
 """
 

@@ -28,33 +28,42 @@ class Config(TrainConfig):
     """Weight of the loss that holds latents near their codes."""
 
 
+# Short clips and one block each way: on a CPU many cheap steps teach more than few dear ones.
+TINY = Config(
+    model=TokenizerConfig(
+        width=128,
+        num_heads=4,
+        num_blocks=1,
+        rotary_space=True,
+        patch_size=8,
+        codebook_decay=0.95,
+        unquantized_steps=150,
+        motion_reach=6,
+    ),
+    batch_size=8,
+    seq_len=4,
+    num_steps=1200,
+    learning_rate=1.5e-3,
+    warmup_steps=20,
+    decay_steps=800,
+    beta2=0.95,
+    commitment=0.05,
+    val_batches=8,
+    log_interval=50,
+    val_interval=400,
+    checkpoint_interval=400,
+)
 PRESETS = {
     "coinrun": Config(),
     "moving": Config(model=TokenizerConfig(rotary_space=True, motion_reach=6)),
-    # Short clips and one block each way: on a CPU many cheap steps teach more than few dear ones.
-    "tiny": Config(
-        model=TokenizerConfig(
-            width=128,
-            num_heads=4,
-            num_blocks=1,
-            rotary_space=True,
-            patch_size=8,
-            codebook_decay=0.95,
-            unquantized_steps=150,
-            motion_reach=6,
-        ),
-        batch_size=8,
-        seq_len=4,
-        num_steps=1200,
-        learning_rate=1.5e-3,
-        warmup_steps=20,
-        decay_steps=800,
-        beta2=0.95,
-        commitment=0.05,
-        val_batches=8,
-        log_interval=50,
-        val_interval=400,
-        checkpoint_interval=400,
+    "tiny": TINY,
+    "small": dataclasses.replace(
+        TINY,
+        model=dataclasses.replace(TINY.model, unquantized_steps=400),
+        num_steps=6000,
+        decay_steps=4000,
+        val_interval=1000,
+        checkpoint_interval=500,
     ),
     "bench": Config(
         model=TokenizerConfig(width=128, num_heads=4, num_blocks=4, patch_size=8),
@@ -65,6 +74,7 @@ PRESETS = {
 moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has run it.
 
 tiny: what `make demo` runs, `python train_tokenizer.py --preset tiny`; its decoder moves the last frame.
+small: the same model trained for longer, as for worlds/coinrun-small.
 bench: for benchmarks/ only.
 """
 

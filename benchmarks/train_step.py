@@ -65,7 +65,7 @@ def setting(cfg: Config) -> tuple[TrainConfig, Callable[[], TrainState], Callabl
         build: Any = lambda: World(world_cfg, cfg, nnx.Rngs(0))
         # The LAM stands for a loaded one: it infers and is not trained.
         source = StoredActions(lam) if cfg.from_tokens else InferredActions(lam)
-        trainable, flops = script.trainable(source), script.clip_flops(world_cfg, source, cfg.from_tokens)
+        trainable, flops = source.trainable, script.clip_flops(world_cfg, source, cfg.from_tokens)
         train_step: Any = lambda state, batch, key: script.train_step(state, batch, key, train_cfg, source)
     else:
         model = {"tokenizer": Tokenizer, "lam": LAM}[cfg.model]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer, TokenizerConfig
 
 CONFIG_VERSION = 1
+PARAMETERS = "parameters.npz"
+"""What an exported world (export.py) has in the place of checkpoints: its variables by path, in half precision."""
 
 DYNAMICS: dict[str, type[Dynamics]] = {"maskgit": MaskGIT, "causal": Causal}
 """The kinds of dynamics models, by `DynamicsConfig.kind`."""
@@ -133,31 +136,57 @@ def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | 
     """Loads a model for inference from the `ckpt_dir` of its training; nothing else is needed.
 
     Args:
-      path: The folder that holds `config.json`.
+      path: The folder that holds `config.json`: a training's, or that of an exported world.
       kind: "tokenizer", "lam" or "world".
       step: Which checkpoint; the latest by default. The moving average of the parameters is taken where there is one.
     Raises:
       InputError: There is no checkpoint, or it is of another kind.
     """
     cfg = stored_model_config(path, kind)
+    model = nnx.eval_shape(lambda: KINDS[kind][0](cfg, compute, nnx.Rngs(0)))
+    graphdef, abstract = nnx.split(model)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))
+    exported = Path(path) / PARAMETERS
+    values = _read_parameters(exported, target) if exported.is_file() else _restore(Path(path), target, step)
+    nnx.replace_by_pure_dict(abstract, values)
+    return nnx.merge(graphdef, abstract)
+
+
+def _restore(path: Path, target: Any, step: int | None) -> Any:
+    """Variables of a checkpoint, as `target` has them."""
     steps = checkpoint_steps(path)
     if not steps or (step is not None and step not in steps):
         raise InputError(f"{path}: no checkpoint of step {step or 'any'}; there are {steps or 'none'}")
-    model = nnx.eval_shape(lambda: KINDS[kind][0](cfg, compute, nnx.Rngs(0)))
-    graphdef, abstract = nnx.split(model)
-    folder = Path(path).absolute() / str(step or steps[-1])
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    folder = path.absolute() / str(step or steps[-1])
     item = "ema" if (folder / "ema").is_dir() else "model"
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            values = checkpointer.restore(folder / item, target)
+            return checkpointer.restore(folder / item, target)
     except ValueError as error:  # orbax's, where names or shapes differ
         raise InputError(
             f"{folder}: made by another version of the models; train again ({_first_line(error)})"
         ) from error
-    nnx.replace_by_pure_dict(abstract, values)
-    return nnx.merge(graphdef, abstract)
+
+
+def _read_parameters(file: Path, target: Any) -> Any:
+    """Variables of an exported world, as `target` has them."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = dict(stored)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{file}: damaged ({_first_line(error)}); copy or export it again") from error
+    leaves, tree = jax.tree.flatten_with_path(target)
+    names = ["/".join(str(key.key) for key in path) for path, _ in leaves]
+    shapes = {name: leaf.shape for name, (_, leaf) in zip(names, leaves, strict=True)}
+    if shapes != {name: array.shape for name, array in arrays.items()}:
+        differing = sorted(set(shapes.items()) ^ {(name, array.shape) for name, array in arrays.items()})
+        raise InputError(f"{file}: made by another version of the models; export it again ({differing[0]})")
+    values = [
+        jax.device_put(arrays[name].astype(leaf.dtype), leaf.sharding)
+        for name, (_, leaf) in zip(names, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, values)
 
 
 def _first_line(error: Exception) -> str:

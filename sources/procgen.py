@@ -17,8 +17,9 @@ ACTION_NAMES = (
     *("LEFT+DOWN", "LEFT", "LEFT+UP", "DOWN", "NONE", "UP", "RIGHT+DOWN", "RIGHT", "RIGHT+UP"),
     *("D", "A", "W", "S", "Q", "E"),  # keys of other games: in CoinRun they do what NONE does
 )
-# Of ACTION_NAMES: half move right, three times as often as left.
-STICKY_WEIGHTS = (*(1, 3, 3, 1, 2, 4, 2, 6, 9), *[0.25] * 6)
+# Of ACTION_NAMES. More go right than left, since a level begins at its left wall; half jump, since walls and chasms
+# stop who walks. So one step in eight scrolls to the left, and a latent action for it can be learned.
+STICKY_WEIGHTS = (*(1, 5, 6, 1, 2, 3, 2, 6, 8), *[0.25] * 6)
 STICKY_HOLD = 8  # mean time steps for which the sticky policy holds an action
 
 

@@ -118,7 +118,7 @@ def test_sticky_policy_gets_further_than_uniform(whole_clips):
     right = {policy: np.isin(a, RIGHT).mean() for policy, a in actions.items()}
     held = {policy: (a[:, 1:] == a[:, :-1]).mean() for policy, a in actions.items()}
     assert abs(right["uniform"] - 3 / 15) < 0.02
-    assert right["sticky"] > 0.45
+    assert right["sticky"] > 0.42
     assert held["uniform"] < 0.1 < 0.8 < held["sticky"] < 0.95
     for a in actions.values():
         assert set(np.unique(a)) == set(range(15))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from models import flops
 from models.errors import InputError
@@ -32,7 +33,7 @@ class TrueActions:
     """The dataset's own."""
 
     lam = None
-    trainable = ("dynamics",)
+    trainable = nnx.All(nnx.Param, nnx.PathContains("dynamics"))
 
     def num_actions(self, metadata: Metadata) -> int:
         """Raises InputError where the dataset has none."""
@@ -54,7 +55,7 @@ class InferredActions:
     """Those that a trained LAM infers from the frames."""
 
     lam: LAMConfig
-    trainable = ("dynamics",)
+    trainable = nnx.All(nnx.Param, nnx.PathContains("dynamics"))
 
     def num_actions(self, metadata: Metadata) -> int:
         return self.lam.num_codes
@@ -86,7 +87,7 @@ class LearnedActions:
 
     lam: LAMConfig
     commitment: float
-    trainable = ("dynamics", "lam")
+    trainable = nnx.All(nnx.Param, nnx.Any(nnx.PathContains("dynamics"), nnx.PathContains("lam")))
 
     def num_actions(self, metadata: Metadata) -> int:
         """Raises InputError where the dataset has no frames to learn from."""

@@ -1,6 +1,6 @@
 """Checkpoints: asynchronous, atomic, restorable on any number of devices (orbax).
 
-<ckpt_dir>/config.json                                    kind, model, training flags, versions
+<ckpt_dir>/config.json                                    kind, command, model, training flags, versions
 <ckpt_dir>/<step>/model | optimizer | ema | meta          separate items, so that inference reads one of them
 """
 
@@ -9,6 +9,8 @@ import json
 import logging
 import math
 import os
+import shlex
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,7 @@ def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[st
     fields = {
         "config_version": CONFIG_VERSION,
         "kind": kind,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "model": dataclasses.asdict(model),
         "train": {k: v for k, v in dataclasses.asdict(train).items() if k not in ("model", "lam", "preset")},
         "parts": parts or {},

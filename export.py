@@ -1,0 +1,146 @@
+"""Makes a slim folder of a world, to pass on: parameters in half precision, a few clips to start from, and a card.
+
+    python export.py runs/dynamics worlds/mine
+    python play.py --checkpoint worlds/mine
+
+sample.py, play.py and evaluate.py take the folder as they take a training's, and write nothing into it.
+"""
+
+import dataclasses
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import tyro
+from flax import nnx
+
+from evaluation.measured import read_metrics
+from evaluation.table import headlines, markdown_table
+from models.errors import InputError
+from models.genie import World, load_world, read_config, stored_sampling
+from models.sampling import SamplingConfig, SamplingFlags
+from utils.cli import run
+from utils.exported import data_of, is_exported, write_clips, write_config, write_parameters
+from utils.records import Metadata, read_metadata
+
+CARD = """# {name}
+
+A world learned from video (Genie). From the project's folder:
+
+    python play.py --checkpoint {out}
+    python sample.py --checkpoint {out}
+
+{note}Frames of {shape} pixels, {fps:g} a second, of {environment}; {num_actions} actions. The world sees {window}
+frames at once and is sampled in {sampling.steps} steps ({sampling.order} order, temperature {sampling.temperature:g}).
+{num_clips} validation clips lie in `data/`.
+
+{parts}
+
+## How it was made
+
+{commands}
+
+{figures}"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(SamplingFlags):
+    """Makes a slim folder of a world. It is sampled as its training says, or as the flags here do."""
+
+    run: tyro.conf.Positional[str]
+    """--ckpt_dir of the world's training."""
+    out: tyro.conf.Positional[str]
+    """The new folder; must not exist."""
+    num_clips: int = 16
+    """Validation clips to take along."""
+    num_frames: int = 32
+    """Frames of each, or as many as the longest has."""
+    data_dir: str = ""
+    """Dataset of the clips; default: the one that the world was trained on."""
+    metrics: str = ""
+    """metrics.json of an evaluation, for the card; default: that in the training's folder, if there is one."""
+    note: str = ""
+    """A sentence for the card, for instance on which machine the world was trained."""
+    seed: int = 0
+    """Of the choice of clips."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_clips", "num_frames"):
+            if getattr(self, name) < 1:
+                raise InputError(f"`{name}` {getattr(self, name)}: must be at least 1")
+
+
+def card(cfg: Config, world: World, metadata: Metadata, sampling: SamplingConfig, num_clips: int) -> str:
+    """What README.md says of a world."""
+    count = lambda part: sum(x.size for x in jax.tree.leaves(nnx.state(part)))
+    parts = [(name, f"{count(part):,}") for name in ("tokenizer", "lam", "dynamics") if (part := getattr(world, name))]
+    figures, file = "", Path(cfg.metrics or Path(cfg.run) / "evaluation" / "metrics.json")
+    if cfg.metrics or file.is_file():
+        metrics = read_metrics(file, "metrics")
+        took = f" All of it took {metrics['wall_s'] / 60:.0f} minutes." if "wall_s" in metrics else ""
+        figures = f"## How good it is\n\nOn {metrics['rollout_clips']} clips of the {metrics['split']} split.{took}\n\n"
+        figures += headlines(metrics) + "\n"
+    return CARD.format(
+        name=Path(cfg.out).name,
+        out=cfg.out,
+        note=cfg.note + "\n\n" if cfg.note else "",
+        shape=" × ".join(map(str, metadata.frame_shape[:2])),
+        fps=metadata.fps,
+        environment=metadata.environment,
+        num_actions=world.num_actions,
+        window=world.cfg.window,
+        sampling=sampling,
+        num_clips=num_clips,
+        parts="\n".join(markdown_table(("part", "variables"), parts)),
+        commands="\n".join(f"    {command}" for command in commands(cfg, metadata)),
+        figures=figures,
+    )
+
+
+def commands(cfg: Config, metadata: Metadata) -> list[str]:
+    """The commands that made a world, as far as its folders tell."""
+    found = []
+    if options := metadata.made_by.get("config"):
+        flags = []
+        for name, value in options.items():
+            flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        found.append(shlex.join([str(metadata.made_by.get("command")), *flags]))
+    config = read_config(cfg.run)
+    for name in ("tokenizer_checkpoint", "lam_checkpoint"):
+        folder = config["train"].get(name, "")
+        if folder and (Path(folder) / "config.json").is_file():
+            found.append(read_config(folder).get("command", ""))
+    found += [config.get("command", ""), shlex.join(["export.py", cfg.run, cfg.out])]
+    return [f"python {command}" for command in found if command]
+
+
+def main(cfg: Config) -> None:
+    out = Path(cfg.out)
+    if out.exists():
+        raise InputError(f"{out}: is there already; choose another folder, or remove it")
+    if is_exported(cfg.run):
+        raise InputError(f"{cfg.run}: is an exported world already; copy the folder")
+    world, sampling = load_world(cfg.run), cfg.over(stored_sampling(cfg.run))
+    data_dir = cfg.data_dir or data_of(cfg.run)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # A folder that is there is whole.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name
+        folder.mkdir()
+        write_parameters(folder, world)
+        write_config(folder, cfg.run, sampling)
+        num_clips = write_clips(folder / "data", data_dir, cfg.num_clips, cfg.num_frames, cfg.seed)
+        labels = Path(cfg.run) / "action_labels.json"
+        if labels.is_file():
+            shutil.copyfile(labels, folder / labels.name)
+        (folder / "README.md").write_text(card(cfg, world, read_metadata(data_dir), sampling, num_clips))
+        folder.rename(out)
+    megabytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
+    print(f"wrote {out}: {megabytes:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,134 @@
+"""Exported worlds: what is in the folder, and that it serves as a training's does."""
+
+import json
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import evaluate
+import export
+import play
+import sample
+from models.errors import InputError
+from models.genie import PARAMETERS, load_world, read_config
+from utils.data import ClipSource
+from utils.exported import data_of, output_of
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, trained):
+    out = tmp_path_factory.mktemp("worlds") / "squares"
+    labels = [{"name": "LEFT", "share": 0.5, "count": 4}] * 3
+    (trained["world"] / "action_labels.json").write_text(json.dumps(labels))
+    export.main(export.Config(run=str(trained["world"]), out=str(out), num_clips=5, num_frames=8, temperature=0.25))
+    return out
+
+
+def files(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_variables_are_those_of_the_training_in_half_precision(exported, trained):
+    flat = lambda path: dict(nnx.to_flat_state(nnx.state(load_world(path))))
+    ours, theirs = flat(exported), flat(trained["world"])
+    assert ours.keys() == theirs.keys()
+    rounded = 0
+    for name, value in theirs.items():
+        expected = np.asarray(value[...])
+        found = np.asarray(ours[name][...])
+        assert found.dtype == expected.dtype
+        if expected.dtype == np.float32:
+            rounded += int((found != expected).sum())
+            expected = expected.astype(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(found, expected)
+    assert rounded  # else the file would be no smaller
+
+
+def test_folder_holds_clips_labels_config_and_card(exported, trained):
+    source = ClipSource(data_of(exported), "val", 8)
+    clips = source.clips(range(len(source)))
+    assert len(clips) == 5
+    assert all(len(clip) == len(clip.actions_T) == 8 for clip in clips)
+    assert len({clip.level_seed for clip in clips}) == 5
+    whole = ClipSource(data_of(trained["world"]), "val", 8)
+    by_id = {clip.clip_id: clip for clip in whole.clips(range(len(whole)))}
+    for clip in clips:
+        there, T = by_id[clip.clip_id], len(clip)
+        found = [
+            at
+            for at in range(len(there) - T + 1)
+            if (there.frames_THWC[at : at + T] == clip.frames_THWC).all()
+            and (there.actions_T[at : at + T] == clip.actions_T).all()
+        ]
+        assert found, clip.clip_id
+    config = read_config(exported)
+    assert config["train"]["sampling"]["temperature"] == 0.25
+    assert str(trained["world"].parent) not in (exported / "config.json").read_text()
+    assert (exported / "action_labels.json").read_bytes() == (trained["world"] / "action_labels.json").read_bytes()
+    text = (exported / "README.md").read_text()
+    assert "python train_tokenizer.py --preset tiny" in text
+    assert "python train_dynamics.py" in text
+
+
+def test_sample_evaluate_and_play_take_it_and_write_beside_it(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = files(exported)
+    sample.main(sample.Config(checkpoint=str(exported), num_clips=2))
+    assert (tmp_path / "runs" / "squares" / "samples" / "rollout.gif").is_file()
+    flags = {"num_clips": 4, "rollout_clips": 2, "long_frames": 3, "compile_cache": ""}
+    evaluate.main(evaluate.Config(checkpoint=str(exported), **flags))
+    assert (tmp_path / "runs" / "squares" / "evaluation" / "metrics.json").is_file()
+    source, message = play.open_dataset(play.Config(checkpoint=(str(exported),)), str(exported))
+    assert source is not None
+    assert not message
+    assert files(exported) == before
+    assert output_of("runs/demo", "samples").as_posix() == "runs/demo/samples"
+
+
+def test_what_is_there_is_not_overwritten(exported, trained):
+    with pytest.raises(InputError, match="is there already"):
+        export.main(export.Config(run=str(trained["world"]), out=str(exported)))
+    with pytest.raises(InputError, match="exported world already"):
+        export.main(export.Config(run=str(exported), out=str(exported) + "-2"))
+    assert not list(exported.parent.glob(".*"))
+
+
+def broken(exported, folder, change):
+    """A copy of the world whose parameters are changed."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((exported / "config.json").read_bytes())
+    with np.load(exported / PARAMETERS) as stored:
+        np.savez(folder / PARAMETERS, **change(dict(stored)))
+    return folder
+
+
+def test_damaged_parameters_are_refused_in_one_line(exported, tmp_path):
+    name = next(iter(np.load(exported / PARAMETERS)))
+    cases = {
+        "less": lambda arrays: {k: v for k, v in arrays.items() if k != name},
+        "other": lambda arrays: arrays | {name: np.zeros(3)},
+        "pickle": lambda arrays: arrays | {name: np.array([{}], dtype=object)},
+    }
+    for case, change in cases.items():
+        with pytest.raises(InputError, match=PARAMETERS) as error:
+            load_world(broken(exported, tmp_path / case, change))
+        assert "\n" not in str(error.value)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "config.json").write_bytes((exported / "config.json").read_bytes())
+    (cut / PARAMETERS).write_bytes((exported / PARAMETERS).read_bytes()[:1000])
+    with pytest.raises(InputError, match="damaged"):
+        load_world(cut)
+    assert zipfile.is_zipfile(exported / PARAMETERS)
+
+
+def test_values_beyond_half_precision_are_refused(trained, tmp_path):
+    from utils.exported import write_parameters
+
+    world = load_world(trained["world"])
+    world.dynamics = jax.tree.map(lambda x: x * 1e6 if x.dtype == np.float32 else x, world.dynamics)
+    with pytest.raises(InputError, match="beyond half precision"):
+        write_parameters(tmp_path, world)
