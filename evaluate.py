@@ -4,8 +4,8 @@
     python evaluate.py --compare runs/a/evaluation/metrics.json runs/b/evaluation/metrics.json
 
 Writes report.html, report.md, metrics.json (the same for the same command on the same machine) and speed.json; beside
-the checkpoint action_labels.json, the true action that each latent one mostly stands for. LPIPS, FVD and the frame
-distance need the weights that `make eval-deps` installs. The demo's world takes about two minutes on two CPU cores.
+the checkpoint action_labels.json, what each action does. LPIPS, FVD and the frame distance need the weights that
+`make eval-deps` installs. The demo's world takes about a minute on two CPU cores.
 """
 
 import dataclasses
@@ -18,12 +18,15 @@ from typing import Any, Literal
 
 import jax
 
+from evaluation.actions import named
+from evaluation.buttons import measure_buttons
 from evaluation.clips import digest
 from evaluation.comparison import comparison
 from evaluation.measured import Measured, read_metrics
 from evaluation.page import write_page
 from evaluation.report import sections
 from evaluation.rollouts import Player
+from evaluation.sampling import measure_sampling
 from evaluation.suite import Plan, measure_lam, measure_tokenizer, measure_world, set_up, true_actions
 from evaluation.table import HEADLINES, METRICS
 from models.errors import InputError
@@ -94,12 +97,21 @@ def main(cfg: Config) -> None:
         print(f"rollouts, on {bench.plan.rollout_clips} clips", flush=True)
         sampling = cfg.over(stored_sampling(cfg.checkpoint))
         play = Player(world, sampling, bench.plan.batch_size, cfg.seed)
+        if lam:
+            buttons = measure_buttons(play, bench.pool.frames_BTHWC, actions, world.num_actions)
+            measured |= buttons
+            labels = named(labels, buttons.details["buttons"], actions)
         measured |= measure_world(bench, play, actions, reconstruction, labels)
         played = {"actions": "inferred" if lam else "true", "sampling": dataclasses.asdict(sampling)}
         measured |= Measured(details=played)
         step_ms = 1000 * bench.plan.batch_size / play.frames_per_second
         speed |= {"rollout_frames_per_second": round(play.frames_per_second, 2), "maskgit_steps": sampling.steps}
         speed |= {"milliseconds_per_step_of_a_batch": round(step_ms, 2)}
+        if cfg.sweep_sampling:
+            print("rollouts with other steps, orders and temperatures", flush=True)
+            n = bench.plan.rollout_clips
+            clips = bench.truth[:n], actions[:n]
+            measured |= measure_sampling(bench.compare, world, *clips, bench.plan.batch_size, cfg.seed)
     setting = {
         "kind": kind,
         "split": cfg.split,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,10 +84,16 @@ def measure_meaning(latent: np.ndarray, true: np.ndarray, num_latent: int, names
 
 @dataclasses.dataclass(frozen=True)
 class ActionLabel:
-    """The true action that a world's action mostly stands for, in which share of so many transitions."""
+    """What is known of a world's action.
+
+    name: What it does in the world; of a LAM alone, as `true`.
+    true: The true action that it mostly stands for, in the share `share` of `count` transitions; empty where the
+      dataset has none.
+    """
 
     name: str
-    share: float
+    true: str
+    share: float | None
     count: int
 
 
@@ -96,10 +102,22 @@ def action_labels(table: np.ndarray, names: Sequence[str]) -> list[ActionLabel]:
     labels = []
     for row in np.asarray(table):
         n, best = int(row.sum()), int(row.argmax())
-        labels.append(ActionLabel(names[best], round(row[best] / n, 4), n) if n else ActionLabel("", 0.0, 0))
+        name = names[best] if n else ""
+        labels.append(ActionLabel(name, name, round(row[best] / n, 4) if n else None, n))
     return labels
 
 
 def true_action_labels(actions: np.ndarray, names: Sequence[str]) -> list[ActionLabel]:
     """Labels of actions that are the true ones, which stand for themselves."""
-    return action_labels(np.diag(np.bincount(actions.reshape(-1), minlength=len(names))), names)
+    counts = np.bincount(actions.reshape(-1), minlength=len(names))
+    return [ActionLabel(name, name, 1.0 if n else None, int(n)) for name, n in zip(names, counts, strict=True)]
+
+
+def named(
+    labels: Sequence[ActionLabel] | None, buttons: Sequence[Mapping[str, Any]], actions: np.ndarray
+) -> list[ActionLabel]:
+    """Labels with the names that `evaluation.buttons` found; without labels, of latent `actions` (B, Tm1)."""
+    if labels is None:
+        counts = np.bincount(actions.reshape(-1), minlength=len(buttons))
+        labels = [ActionLabel("", "", None, int(n)) for n in counts]
+    return [dataclasses.replace(x, name=button["name"]) for x, button in zip(labels, buttons, strict=True)]

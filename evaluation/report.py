@@ -36,7 +36,7 @@ AFTER_PROMPT = "frames after the prompt"
 
 def sections(metrics: Metrics, pictures: Pictures, speed: Metrics | None) -> list[Section]:
     """What a report holds; a part that was not measured is left out, a figure that was not says so."""
-    parts = [_fidelity, _motion, _distribution, _control, _meaning, _codebooks, _stability]
+    parts = [_fidelity, _motion, _distribution, _control, _buttons, _meaning, _codebooks, _stability, _sampling]
     made = [part(metrics, pictures) for part in parts]
     if speed:
         rows = [
@@ -124,6 +124,24 @@ def _control(metrics: Metrics, pictures: Pictures) -> Section | None:
     return Section("Controllability", f"{DELTA_PSNR.name}: {DELTA_PSNR.says}", blocks)
 
 
+def _buttons(metrics: Metrics, _: Pictures) -> Section | None:
+    found = metrics.get("buttons")
+    if not found:
+        return None
+    n = metrics["button_prompts"]
+    rows = [
+        [f"action {i}", b["name"], f"{b['right']:+.2f}", f"{b['up']:+.2f}", f"{b['agree']} of {n}"]
+        for i, b in enumerate(found)
+    ]
+    header = ["", "name", "to the right, pixels per frame", "up, pixels per frame", "prompts that agree"]
+    text = (
+        f"How the player moves while an action is held, in comparison to the idle one, from {n} prompts: by the "
+        "picture's shift the other way, or, where the picture stands, by that of what is at its centre. A prompt "
+        "agrees if the named direction is the larger one and has its sign."
+    )
+    return Section("Buttons", text, [Table(header, rows)])
+
+
 def _meaning(metrics: Metrics, _: Pictures) -> Section | None:
     found = metrics.get("latent_actions")
     if not found:
@@ -190,3 +208,27 @@ def _stability(metrics: Metrics, _: Pictures) -> Section | None:
         + " ".join(f"{metric.name.capitalize()}: {metric.says[0].lower()}{metric.says[1:]}" for metric in DRIFT)
     )
     return Section("Stability of long rollouts", text, blocks)
+
+
+def _sampling(metrics: Metrics, _: Pictures) -> Section | None:
+    found = metrics.get("sampling_sweep")
+    if not found:
+        return None
+    figures = {
+        "psnr": "PSNR, pooled, dB",
+        "psnr_mean": "mean of PSNRs, dB",
+        "unchanged": "unchanged pixels less the real share",
+        "sharpness": "sharpness over the real one",
+    }
+    rows = [
+        [row["order"], f"{row['temperature']:g}", str(row["steps"]), *(f"{row[key]:.3f}" for key in figures)]
+        for row in found
+    ]
+    blocks: list[Any] = [Table(["order", "temperature", "steps", *figures.values()], rows)]
+    ways: dict[str, list[Metrics]] = {}
+    for row in found:
+        ways.setdefault(f"{row['order']}, T {row['temperature']:g}", []).append(row)
+    for key, title in figures.items():
+        lines = [Line(way, [row["steps"] for row in of], [row[key] for row in of]) for way, of in ways.items()]
+        blocks.append(Chart(title, "steps per frame", lines, log_x=True))
+    return Section("Ways of sampling", "The same clips from their first frame on, all frames after it.", blocks)

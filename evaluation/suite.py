@@ -49,6 +49,8 @@ class Plan:
     """Frames of the long rollouts; 0: 500, on a CPU 32."""
     batch_size: int = 0
     """Clips at a time, which changes speed and memory alone; 0: 64, on a CPU 4."""
+    sweep_sampling: bool = False
+    """Also roll out with other steps, orders and temperatures, for a table of what is worth its time."""
     perceptual_net: Literal["alexnet", "vgg16"] = "alexnet"
     """Network of LPIPS and of the frame distance."""
     seed: int = 0

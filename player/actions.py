@@ -10,14 +10,16 @@ from pathlib import Path
 class Action:
     """What is known of an action.
 
-    name: What it mostly does; empty if unknown.
-    share: Of the steps that a latent action was inferred for, the part that did what the name says; None if unknown.
+    name: What it does; empty if unknown.
+    share: Of the steps that a latent action was inferred for, the part that took the true action `true`; None if
+      unknown.
     count: Steps of the dataset that it was inferred for.
     """
 
     name: str = ""
     share: float | None = None
     count: int = 0
+    true: str = ""
 
 
 def read_actions(checkpoint: str, num_actions: int, names: tuple[str, ...] | None) -> list[Action]:
@@ -28,15 +30,18 @@ def read_actions(checkpoint: str, num_actions: int, names: tuple[str, ...] | Non
             rows = json.loads(file.read_text())
             if len(rows) != num_actions:
                 raise ValueError(f"{len(rows)} labels for {num_actions} actions")
-            return [
-                Action(str(row["name"] or ""), float(row["share"]) if row["count"] else None, int(row["count"]))
-                for row in rows
-            ]
+            return [_action(**row) for row in rows]
     except (ValueError, TypeError, KeyError) as error:
         print(f"warning: {file} is left aside: {error!r}", file=sys.stderr)
     if names is not None and len(names) == num_actions:
         return [Action(name) for name in names]
     return [Action()] * num_actions
+
+
+def _action(name: str | None, share: float | None, count: int, true: str | None = None) -> Action:
+    """From a row of the file; where an older one says nothing of the true action, the name is it."""
+    share = None if share is None or not count else float(share)
+    return Action(name or "", share, int(count), (name if true is None else true) or "")
 
 
 def idle_action(actions: list[Action], idle: str | None = None) -> int:
