@@ -33,9 +33,9 @@ from models.errors import InputError
 from models.genie import load, read_config, stored_sampling
 from models.nn import Compute
 from models.sampling import SamplingFlags
+from utils.checkpoint import data_of, output_of
 from utils.cli import run
 from utils.data import ClipSource
-from utils.exported import data_of, output_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +120,7 @@ def main(cfg: Config) -> None:
         "num_clips": bench.plan.num_clips,
         "rollout_clips": bench.plan.rollout_clips if world else 0,
         "clips_digest": digest(bench.truth),
+        "clip_levels": bench.levels,
         "perceptual_net": cfg.perceptual_net if bench.lpips else None,
     }
     metrics = (measured | Measured(details=setting)).to_json()

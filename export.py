@@ -7,23 +7,27 @@ sample.py, play.py and evaluate.py take the folder as they take a training's, an
 """
 
 import dataclasses
+import json
 import shlex
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import tyro
 from flax import nnx
 
 from evaluation.measured import read_metrics
 from evaluation.table import headlines, markdown_table
 from models.errors import InputError
-from models.genie import World, load_world, read_config, stored_sampling
+from models.genie import World, load_world, read_config, stored_sampling, write_parameters
 from models.sampling import SamplingConfig, SamplingFlags
+from utils.checkpoint import data_of, is_exported
 from utils.cli import run
-from utils.exported import data_of, is_exported, write_clips, write_config, write_parameters
-from utils.records import Metadata, read_metadata
+from utils.data import ClipSource, longest_clip
+from utils.records import Clip, Metadata, read_metadata, write_metadata, write_shard
 
 CARD = """# {name}
 
@@ -71,6 +75,42 @@ class Config(SamplingFlags):
         for name in ("num_clips", "num_frames"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}` {getattr(self, name)}: must be at least 1")
+
+
+PATHS = ("ckpt_dir", "data_dir", "tokenizer_checkpoint", "lam_checkpoint", "compile_cache", "coordinator", "entity")
+"""Training flags that mean nothing elsewhere."""
+
+
+def write_config(folder: Path, run: str, sampling: SamplingConfig) -> None:
+    """Writes the configuration of a training, without paths, with the way of sampling that the world is to have."""
+    config = read_config(run)
+    config.pop("command", None)
+    train = {name: value for name, value in config["train"].items() if name not in PATHS}
+    config["train"] = train | {"sampling": dataclasses.asdict(sampling)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def write_clips(folder: Path, data_dir: str, num_clips: int, num_frames: int, seed: int) -> int:
+    """Writes a dataset of windows of validation clips, from as many levels as there are; returns how many."""
+    length = min(num_frames, longest_clip(data_dir, "val"))
+    source = ClipSource(data_dir, "val", max(length, 1))
+    rng = np.random.default_rng(seed)
+    by_level: dict[Any, list[Clip]] = {}
+    for clip in source.clips(rng.permutation(len(source)).tolist()):
+        by_level.setdefault(clip.level_seed, []).append(clip)
+    turns = [(turn, clip) for clips in by_level.values() for turn, clip in enumerate(clips)]
+    chosen = [clip for _, clip in sorted(turns, key=lambda pair: pair[0])][:num_clips]
+    cut = []
+    for clip in chosen:
+        at = int(rng.integers(len(clip) - length + 1))
+        parts = {f: getattr(clip, f) for f in ("frames_THWC", "actions_T", "rewards_T")}
+        parts = {f: None if values is None else values[at : at + length] for f, values in parts.items()}
+        cut.append(dataclasses.replace(clip, **parts))
+    shard = write_shard(folder, "val/00000.array_record", cut)
+    made_by = {"command": "export.py", "of": source.metadata.made_by}
+    splits = {"train": (), "val": (shard,), "test": ()}
+    write_metadata(folder, dataclasses.replace(source.metadata, splits=splits, made_by=made_by))
+    return len(cut)
 
 
 def card(cfg: Config, world: World, metadata: Metadata, sampling: SamplingConfig, num_clips: int) -> str:

@@ -25,9 +25,9 @@ from player.actions import read_actions
 from player.engine import Engine
 from player.game import MAX_STEPS, Game
 from player.server import check_address, serve
+from utils.checkpoint import data_of
 from utils.cli import run, with_flags
 from utils.data import ClipSource
-from utils.exported import data_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,9 @@ from models.genie import World, load_world, stored_sampling
 from models.nn import Compute
 from models.sampling import SamplingFlags, rollout
 from player.actions import read_actions
+from utils.checkpoint import data_of, output_of
 from utils.cli import run
 from utils.data import Batch, ClipSource, batches, longest_clip
-from utils.exported import data_of, output_of
 from utils.metrics import pooled_psnr, ssim
 from utils.video import label, strip, sweep, upscale, write_png, write_video
 

@@ -40,7 +40,14 @@ def merge_actions(names: Sequence[str], same: Mapping[str, str]) -> MergedAction
     return MergedActions(kept, np.array([kept.index(name) for name in merged]))
 
 
-def measure_meaning(latent: np.ndarray, true: np.ndarray, num_latent: int, names: Sequence[str], seed: int) -> Measured:
+def measure_meaning(
+    latent: np.ndarray,
+    true: np.ndarray,
+    num_latent: int,
+    names: Sequence[str],
+    seed: int,
+    levels_B: np.ndarray | None = None,
+) -> Measured:
     """How far latent actions tell true ones.
 
     A map of latent to true actions is learned on some transitions of the first half of the clips and scored on the
@@ -48,11 +55,47 @@ def measure_meaning(latent: np.ndarray, true: np.ndarray, num_latent: int, names
 
     Args:
       latent, true: (B, Tm1); true ones are indices of `names`.
+      levels_B: Of the clips; those of one level count as dependent.
     """
-    both = np.stack([latent, true], axis=-1)
-    ami = lambda pairs: adjusted_mutual_information(contingency(pairs[..., 0], pairs[..., 1], num_latent, len(names)))
-    half, rng = len(latent) // 2, np.random.default_rng(seed)
-    codes, labels = latent[:half].reshape(-1), true[:half].reshape(-1)
+    # The same code may mean another action after another code: the pair of both tells more, and has more to learn.
+    pairs = latent[:, 1:] * num_latent + latent[:, :-1]
+    alone, told = (
+        _told(codes, true[:, -codes.shape[1] :], num_codes, len(names), seed, levels_B)
+        for codes, num_codes in ((latent, num_latent), (pairs, num_latent**2))
+    )
+    half = len(latent) // 2
+    most_frequent = np.bincount(true[:half].reshape(-1), minlength=len(names)).argmax() if half else 0
+    levels = None if levels_B is None else levels_B[half:]
+    majority = figure((true[half:] == most_frequent).mean(axis=1), levels)
+    figures = {"latent_action_ami": alone.ami, "latent_action_pair_ami": told.ami, "action_accuracy_majority": majority}
+    for mark, accuracy in (("", alone.accuracy), ("_pair", told.accuracy)):
+        known = {n: found for n, found in accuracy.items() if found is not NOT_MEASURED}
+        figures |= {f"action_accuracy{mark}_{n}": found for n, found in known.items()}
+    details = {
+        "transitions": int(latent.size),
+        "action_names": list(names),
+        "table": contingency(latent, true, num_latent, len(names)),
+        "accuracy": alone.accuracy,
+        "accuracy_pair": told.accuracy,
+        "accuracy_majority": majority,
+        "accuracy_chance": 1 / len(names),
+    }
+    return Measured(figures=figures, details={"latent_actions": details})
+
+
+class _Told(NamedTuple):
+    ami: Figure
+    accuracy: dict[str, Figure]
+
+
+def _told(
+    codes_BS: np.ndarray, true_BS: np.ndarray, num_codes: int, num_names: int, seed: int, levels_B: np.ndarray | None
+) -> _Told:
+    """Agreement of codes with true actions, and the accuracy of a map by the number of labels it is learned from."""
+    ami = lambda both: adjusted_mutual_information(contingency(both[..., 0], both[..., 1], num_codes, num_names))
+    half, rng = len(codes_BS) // 2, np.random.default_rng(seed)
+    codes, labels = codes_BS[:half].reshape(-1), true_BS[:half].reshape(-1)
+    levels = None if levels_B is None else levels_B[half:]
     accuracy: dict[str, Figure] = {}
     for n in LABELLED:
         if n > len(codes):
@@ -61,25 +104,10 @@ def measure_meaning(latent: np.ndarray, true: np.ndarray, num_latent: int, names
         hits = []
         for _ in range(DRAWS):
             drawn = rng.choice(len(codes), n, replace=False)
-            guess = best_map(codes[drawn], labels[drawn], num_latent, len(names))
-            hits.append((guess[latent[half:]] == true[half:]).mean(axis=1))
-        accuracy[str(n)] = figure(np.mean(hits, axis=0))
-    most_frequent = np.bincount(labels, minlength=len(names)).argmax() if half else 0
-    majority = figure((true[half:] == most_frequent).mean(axis=1))
-    figures = {
-        "latent_action_ami": jackknife(ami, both),
-        **{f"action_accuracy_{n}": found for n, found in accuracy.items() if found is not NOT_MEASURED},
-        "action_accuracy_majority": majority,
-    }
-    details = {
-        "transitions": int(latent.size),
-        "action_names": list(names),
-        "table": contingency(latent, true, num_latent, len(names)),
-        "accuracy": accuracy,
-        "accuracy_majority": majority,
-        "accuracy_chance": 1 / len(names),
-    }
-    return Measured(figures=figures, details={"latent_actions": details})
+            guess = best_map(codes[drawn], labels[drawn], num_codes, num_names)
+            hits.append((guess[codes_BS[half:]] == true_BS[half:]).mean(axis=1))
+        accuracy[str(n)] = figure(np.mean(hits, axis=0), levels)
+    return _Told(jackknife(ami, np.stack([codes_BS, true_BS], axis=-1), groups=levels_B), accuracy)
 
 
 @dataclasses.dataclass(frozen=True)

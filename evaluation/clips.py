@@ -21,10 +21,12 @@ class Clips(NamedTuple):
 
     frames_BTHWC: uint8.
     actions_BT: int32, `actions_BT[:, t]` leads to frame t + 1; None where the dataset has none.
+    levels_B: A number for the level of each; where the dataset knows none, for the record.
     """
 
     frames_BTHWC: np.ndarray
     actions_BT: np.ndarray | None
+    levels_B: np.ndarray
 
 
 def choose_clips(source: ClipSource, num_clips: int, seed: int) -> Clips:
@@ -42,8 +44,11 @@ def choose_clips(source: ClipSource, num_clips: int, seed: int) -> Clips:
         for turn, slot in enumerate(rng.permutation(length // T)):
             places.append((turn, rng.random(), record, (slot * T + 0.5) / (length - T + 1)))
     chosen = sorted(places)[:num_clips]
-    batch = source.windows([place[2] for place in chosen], [place[3] for place in chosen])
-    return Clips(batch.frames_BTHWC, batch.actions_BT)
+    records = [place[2] for place in chosen]
+    batch = source.windows(records, [place[3] for place in chosen])
+    seeds = [clip.level_seed for clip in source.clips(records)]
+    levels = [-1 - record if seed is None else seed for seed, record in zip(seeds, records, strict=True)]
+    return Clips(batch.frames_BTHWC, batch.actions_BT, np.array(levels))
 
 
 def digest(frames: np.ndarray) -> str:

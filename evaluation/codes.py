@@ -13,12 +13,13 @@ SHOWN_CODES, COLUMNS = 32, 16  # in the picture of the codes, at most
 SHOWN_PIXELS = 32  # to which a patch is enlarged
 
 
-def measure_codes(subject: str, codes: np.ndarray, num_codes: int) -> Measured:
+def measure_codes(subject: str, codes: np.ndarray, num_codes: int, levels_B: np.ndarray | None = None) -> Measured:
     """Usage, perplexity and dead codes of a codebook.
 
     Args:
       subject: Begins the names, for instance "tokenizer".
       codes: (B, ...).
+      levels_B: Of the clips; those of one level count as dependent.
     """
     counts_BK = np.stack([np.bincount(row.reshape(-1), minlength=num_codes) for row in codes])
 
@@ -36,8 +37,8 @@ def measure_codes(subject: str, codes: np.ndarray, num_codes: int) -> Measured:
     }
     return Measured(
         figures={
-            f"{subject}_codebook_usage": jackknife(usage, counts_BK),
-            f"{subject}_codebook_perplexity": jackknife(perplexity, counts_BK),
+            f"{subject}_codebook_usage": jackknife(usage, counts_BK, groups=levels_B),
+            f"{subject}_codebook_perplexity": jackknife(perplexity, counts_BK, groups=levels_B),
         },
         details={f"{subject}_codebook": book},
     )

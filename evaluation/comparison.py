@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.statistics import Figure, difference
+from evaluation.fidelity import pooled_psnr
+from evaluation.statistics import Figure, difference, jackknife
 from evaluation.table import METRICS, figure_of
 
 
@@ -22,9 +23,16 @@ def comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         if first is None or second is None or first["mean"] is None or second["mean"] is None:
             continue
         one, two = (_to_figure(x) for x in (first, second))
-        values = [np.array(m["per_clip"].get(key) or [], float) for m in (a, b)]
+        # A pooled PSNR is no mean over clips: its difference is that of the clips' pooled errors.
+        mse = key.removesuffix("psnr") + "mse"
+        pooled = mse in a["per_clip"] and mse in b["per_clip"]
+        values = [np.array(m["per_clip"].get(mse if pooled else key) or [], float) for m in (a, b)]
         paired = same and len(values[0]) == len(values[1]) > 1
-        change = difference(one, two, (values[0], values[1]) if paired else None)
+        levels = np.array(a["clip_levels"][: len(values[0])]) if paired and "clip_levels" in a else None
+        if paired and pooled:
+            change = jackknife(lambda x, y: pooled_psnr(y).mean - pooled_psnr(x).mean, *values, groups=levels)
+        else:
+            change = difference(one, two, (values[0], values[1]) if paired else None, levels)
         half = (change.high - change.low) / 2
         beyond = "*" if change.low > 0 or change.high < 0 else ""
         spread = f"± {half:.4f}" if math.isfinite(half) else ""

@@ -14,6 +14,14 @@ HORIZONS = (1, 4, 8)  # frames after the prompt
 SWEPT_ACTIONS, SWEPT_FRAMES = 16, 8  # at most, in the picture of the action sweep
 
 
+def strung_actions(actions: np.ndarray, num_clips: int, num_frames: int, seed: int) -> np.ndarray:
+    """Actions (num_clips, num_frames), int32: those of clips, drawn at random from `actions` (B, Tm1), one after
+    another, as somebody may press them."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, len(actions), (num_clips, -(-num_frames // actions.shape[1])))
+    return actions[rows].reshape(num_clips, -1)[:, :num_frames].astype(np.int32)
+
+
 def random_actions(num_clips: int, num_frames: int, num_actions: int, seed: int) -> np.ndarray:
     """Uniform actions (num_clips, num_frames), int32."""
     return np.random.default_rng(seed).integers(0, num_actions, (num_clips, num_frames), np.int32)
@@ -27,21 +35,23 @@ def measure_control(
     predicted: np.ndarray,
     num_actions: int,
     seed: int,
+    levels_B: np.ndarray | None = None,
 ) -> Measured:
     """Δ_t PSNR (Genie, §3): by how much the right actions beat random ones, t frames after a prompt of one.
 
     Args:
       actions: (B, Tm1), the right ones.
       predicted: What they led to, from frame 1 on.
+      levels_B: Of the clips; those of one level count as dependent.
     """
     horizons = [t for t in HORIZONS if t < truth.shape[1]]
     last = horizons[-1]
     future = truth[:, 1 : last + 1]
     random = play(truth[:, :1], random_actions(len(truth), last, num_actions, seed))
     delta = compare(predicted[:, :last], future).psnr - compare(random, future).psnr
-    measured, by_action = Measured(curves={"delta_psnr": curve(delta)}), {}
+    measured, by_action = Measured(curves={"delta_psnr": curve(delta, levels_B=levels_B)}), {}
     for t in horizons:
-        measured |= of_clips(f"delta_psnr_t{t}", delta[:, t - 1])
+        measured |= of_clips(f"delta_psnr_t{t}", delta[:, t - 1], levels_B)
         by_action[str(t)] = {str(a): figure(delta[actions[:, t - 1] == a, t - 1]) for a in range(num_actions)}
     return measured | Measured(details={"delta_psnr_by_action": by_action})
 

@@ -21,13 +21,15 @@ def measure_distribution(
     i3d: I3D | None,
     lpips: LPIPS | None,
     batch_size: int,
+    levels_B: np.ndarray | None = None,
 ) -> Measured:
     """FVD and Fréchet distance of frames, of rollouts and of real clips from other real clips.
 
     Real clips against other real clips are the floor. With few clips both are far too high; compare them at equal n.
 
     Args:
-      generated: Rollouts with their prompts; `real`: the same clips as they were; `others`: as many other clips.
+      generated: Rollouts with their prompts; `real`: the same clips as they were; `others`: as many of other levels.
+      levels_B: Of the clips; those of one level are left out together for the interval.
     """
     sets = {"": generated, "_floor": real}
     figures = {f"{distance}{name}": NOT_MEASURED for name in sets for distance in ("fvd", "frame_distance")}
@@ -37,7 +39,9 @@ def measure_distribution(
         read = jitted(i3d, lambda i3d, frames: i3d_features(i3d, to_float(frames)))
         reference = in_batches(read, batch_size, others)
         for name, clips in sets.items():
-            figures[f"fvd{name}"] = jackknife(frechet_distance, in_batches(read, batch_size, clips), reference)
+            figures[f"fvd{name}"] = jackknife(
+                frechet_distance, in_batches(read, batch_size, clips), reference, groups=levels_B
+            )
 
     if enough and lpips is not None:
         look = jitted(lpips, lambda lpips, frames: frame_features(lpips, to_float(frames)))
@@ -45,7 +49,9 @@ def measure_distribution(
         for name, clips in sets.items():
             # Whole clips are left out for the interval: frames of one clip are alike.
             distance = lambda a, b: frechet_distance(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
-            figures[f"frame_distance{name}"] = jackknife(distance, _features_of_some_frames(look, clips), reference)
+            figures[f"frame_distance{name}"] = jackknife(
+                distance, _features_of_some_frames(look, clips), reference, groups=levels_B
+            )
     return Measured(figures=figures)
 
 

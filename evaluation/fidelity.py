@@ -54,18 +54,21 @@ def frame_metrics(lpips: LPIPS | None) -> Compare:
     return compare
 
 
-def pooled_psnr(mse_B: np.ndarray) -> Figure:
+def pooled_psnr(mse_B: np.ndarray, levels_B: np.ndarray | None = None) -> Figure:
     """PSNR in dB of the mean over clips of their mean squared errors, with that mean's interval."""
-    error = figure(mse_B)
+    error = figure(mse_B, levels_B)
     mean, low, high = (-10 * math.log10(max(x, 1e-6)) for x in (error.mean, error.high, error.low))
     return Figure(mean, low, high, error.n)
 
 
-def measure_fidelity(subject: str, scores: Scores, first: int = 1, pooled: bool = False) -> Measured:
+def measure_fidelity(
+    subject: str, scores: Scores, levels_B: np.ndarray | None = None, first: int = 1, pooled: bool = False
+) -> Measured:
     """Figure and curve of each frame metric.
 
     Args:
       subject: Begins the names, for instance "rollout": rollout_psnr.
+      levels_B: Of the clips; those of one level count as dependent.
       first: Number of the first frame.
       pooled: `psnr` is that of the mean error over clips, not the mean of their PSNRs, in which scenes where nothing
         moves would drown the others (a repeated frame is perfect there); `psnr_mean` is that mean in any case.
@@ -78,10 +81,11 @@ def measure_fidelity(subject: str, scores: Scores, first: int = 1, pooled: bool 
             figures[name] = NOT_MEASURED
             continue
         per_clip[name] = values_BT.mean(axis=1)
-        figures[name], curves[name] = figure(per_clip[name]), curve(values_BT, first)
+        figures[name], curves[name] = figure(per_clip[name], levels_B), curve(values_BT, first, levels_B)
     if pooled:
-        figures[f"{subject}_psnr"] = pooled_psnr(scores.mse.mean(axis=1))
-        curves[f"{subject}_psnr"] = Curve(first, [pooled_psnr(column) for column in scores.mse.T])
+        per_clip[f"{subject}_mse"] = scores.mse.mean(axis=1)
+        figures[f"{subject}_psnr"] = pooled_psnr(per_clip[f"{subject}_mse"], levels_B)
+        curves[f"{subject}_psnr"] = Curve(first, [pooled_psnr(column, levels_B) for column in scores.mse.T])
     return Measured(figures, per_clip, curves)
 
 

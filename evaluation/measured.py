@@ -71,14 +71,14 @@ class Measured:
         return _plain(flat | parts)
 
 
-def of_clips(name: str, values_B: np.ndarray) -> Measured:
-    """A figure from one value a clip."""
-    return Measured(figures={name: figure(values_B)}, per_clip={name: np.asarray(values_B)})
+def of_clips(name: str, values_B: np.ndarray, levels_B: np.ndarray | None = None) -> Measured:
+    """A figure from one value a clip; clips of one level count as dependent."""
+    return Measured(figures={name: figure(values_B, levels_B)}, per_clip={name: np.asarray(values_B)})
 
 
-def curve(values_BT: np.ndarray, first: int = 1) -> Curve:
-    """A curve from a row a clip."""
-    return Curve(first, [figure(column) for column in values_BT.T])
+def curve(values_BT: np.ndarray, first: int = 1, levels_B: np.ndarray | None = None) -> Curve:
+    """A curve from a row a clip; clips of one level count as dependent."""
+    return Curve(first, [figure(column, levels_B) for column in values_BT.T])
 
 
 def of_picture(name: str, image_HWC: np.ndarray, caption: str) -> Measured:

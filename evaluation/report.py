@@ -10,6 +10,7 @@ from evaluation.measured import Picture
 from evaluation.page import Section, Table
 from evaluation.table import (
     ACCURACY,
+    CHANGED,
     CODEBOOKS,
     CODES,
     CONTROL,
@@ -63,20 +64,23 @@ def _line(metrics: Metrics, key: str, name: str) -> Line | None:
 
 def _fidelity(metrics: Metrics, pictures: Pictures) -> Section:
     rows = []
+    shown = (*FRAMES, CHANGED)
     for subject in (*MODELS, *ROLLOUTS):
-        found = [figure_of(metrics, subject.of(metric).key) for metric in FRAMES]
+        found = [figure_of(metrics, subject.of(metric).key) for metric in shown]
         if found[0]:
-            cells = [figure_text(f, metric.digits) for f, metric in zip(found, FRAMES, strict=True)]
+            cells = [figure_text(f, m.digits) if f else "" for f, m in zip(found, shown, strict=True)]
             rows.append([subject.name, *cells, str(found[0]["n"])])
-    blocks: list[Any] = [Table(["", *(metric.title for metric in FRAMES), "n"], rows)]
-    for prompt, subjects in (("1 prompt frame", ROLLOUTS[:3]), ("4 prompt frames", ROLLOUTS[3:])):
+    blocks: list[Any] = [Table(["", *(metric.title for metric in shown), "n"], rows)]
+    for prompt, subjects in (("1 prompt frame", ROLLOUTS[:4]), ("4 prompt frames", ROLLOUTS[4:])):
         for metric in FRAMES:
             lines = [_line(metrics, subject.of(metric).key, subject.name) for subject in subjects]
             known = [line for line in lines if line]
             if known:
                 blocks.append(Chart(f"{metric.title}, {prompt}", AFTER_PROMPT, known))
     blocks += [pictures[name] for name in ("rollouts", "reconstructions") if name in pictures]
-    text = f"On {metrics['num_clips']} clips of the {metrics['split']} split, means over clips and frames."
+    levels = len(set(metrics["clip_levels"]))
+    text = f"On {metrics['num_clips']} clips of {levels} levels of the {metrics['split']} split, means over clips and "
+    text += "frames; intervals count clips of one level as dependent."
     if "actions" in metrics:
         text += f" Rollouts play the {metrics['actions']} actions of each clip."
     return Section("Fidelity", text, blocks)
@@ -161,8 +165,9 @@ def _meaning(metrics: Metrics, _: Pictures) -> Section | None:
         x = list(known)
         flat = lambda name, y: Line(name, x, [y] * len(x))
         best = Line("best map", x, *([f[key] for f in known.values()] for key in ("mean", "low", "high")))
+        pairs = Line("… of pairs", x, [found["accuracy_pair"][str(n)]["mean"] for n in x])
         majority = flat(METRICS["action_accuracy_majority"].name, found["accuracy_majority"]["mean"])
-        lines = [best, majority, flat("chance", chance)]
+        lines = [best, pairs, majority, flat("chance", chance)]
         blocks.append(Chart("Accuracy of latent → true action", "labelled transitions", lines, log_x=True))
     text = (
         f"Latent actions against true ones on {found['transitions']} transitions; actions that do the same count as "
@@ -204,7 +209,8 @@ def _stability(metrics: Metrics, _: Pictures) -> Section | None:
             lines = [line, Line(real.name, [line.x[0], line.x[-1]], [level, level])]
             blocks.append(Chart(metric.title, AFTER_PROMPT, lines))
     text = (
-        f"Rollouts of {metrics['long_frames']} frames with random actions; figures are means over their last quarter. "
+        f"Rollouts of {metrics['long_frames']} frames with actions of held-out clips, strung together; figures are "
+        "means over their last quarter. "
         + " ".join(f"{metric.name.capitalize()}: {metric.says[0].lower()}{metric.says[1:]}" for metric in DRIFT)
     )
     return Section("Stability of long rollouts", text, blocks)

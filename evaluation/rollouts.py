@@ -5,12 +5,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from evaluation.clips import in_batches, jitted, to_float, to_uint8
 from evaluation.fidelity import Compare, Scores, measure_fidelity
 from evaluation.measured import Measured
+from evaluation.stability import alike
+from evaluation.statistics import jackknife
 from models.genie import World
+from models.lam import LAM
 from models.sampling import SamplingConfig, next_frame, start_rollout
 
 PROMPTS = (1, 4)  # frames that rollouts start from
@@ -92,7 +96,11 @@ def play_on(play: Play, truth: np.ndarray, actions: np.ndarray) -> dict[int, np.
 
 
 def measure_rollouts(
-    compare: Compare, truth: np.ndarray, played: Mapping[int, np.ndarray], reconstruction: Scores
+    compare: Compare,
+    truth: np.ndarray,
+    played: Mapping[int, np.ndarray],
+    reconstruction: Scores,
+    levels_B: np.ndarray | None = None,
 ) -> Measured:
     """Fidelity of rollouts, between two lines on the same frames.
 
@@ -101,14 +109,56 @@ def measure_rollouts(
     Args:
       played: What `play_on` gives.
       reconstruction: Of all frames of the clips.
+      levels_B: Of the clips; those of one level count as dependent.
     """
     measured = Measured()
     for prompt, predicted in played.items():
         mark = "" if prompt == 1 else f"_{prompt}"
         future = truth[:, prompt:]
         copy = np.broadcast_to(truth[:, prompt - 1 : prompt], future.shape)
-        measured |= measure_fidelity(f"rollout{mark}", compare(predicted, future), pooled=True)
-        measured |= measure_fidelity(f"copy_last_frame{mark}", compare(copy, future), pooled=True)
+        measured |= measure_fidelity(f"rollout{mark}", compare(predicted, future), levels_B, pooled=True)
+        measured |= measure_fidelity(f"copy_last_frame{mark}", compare(copy, future), levels_B, pooled=True)
         rest = reconstruction.cut(slice(None), slice(prompt, None))
-        measured |= measure_fidelity(f"reconstruction{mark}", rest, pooled=True)
+        measured |= measure_fidelity(f"reconstruction{mark}", rest, levels_B, pooled=True)
+        measured |= measure_changed(f"rollout{mark}", predicted, truth, levels_B)
+        measured |= measure_changed(f"copy_last_frame{mark}", copy, truth, levels_B)
     return measured
+
+
+def measure_changed(
+    subject: str, predicted: np.ndarray, truth: np.ndarray, levels_B: np.ndarray | None = None
+) -> Measured:
+    """PSNR on those pixels alone that change in truth, from each frame to the next, pooled over clips.
+
+    Args:
+      predicted: The last frames of `truth`, which has at least one more before them.
+    """
+    S = predicted.shape[1]
+    changed = np.stack(
+        [~alike(truth[:, t - 1], truth[:, t]) for t in range(truth.shape[1] - S, truth.shape[1])], axis=1
+    )
+    error = [
+        np.where(mask, np.square(a.astype(np.float32) - b).mean(axis=-1), 0).sum(dtype=np.float64)
+        for mask, a, b in zip(changed, predicted, truth[:, -S:], strict=True)
+    ]
+    psnr = lambda error_B, count_B: float(-10 * np.log10(max(error_B.sum() / max(count_B.sum(), 1) / 255**2, 1e-6)))
+    found = jackknife(psnr, np.array(error), changed.sum(axis=(1, 2, 3)), groups=levels_B)
+    return Measured(figures={f"{subject}_changed_psnr": found})
+
+
+def roll_lam(lam: LAM, truth: np.ndarray, actions: np.ndarray, batch_size: int) -> np.ndarray:
+    """What the LAM's own decoder makes of a clip's first frame and its actions, frame after frame: (B, Tm1, H, W, C).
+
+    It has no cache, so each frame takes a pass over the clip.
+    """
+
+    def forward(lam: LAM, first: jax.Array, actions: jax.Array) -> jax.Array:
+        vectors = lam.vq.lookup(actions)
+        S = actions.shape[1]
+        past = jnp.repeat(to_float(first)[:, None], S, axis=1)
+        made = lambda past: jnp.clip(lam.predict(past, vectors), 0.0, 1.0)
+        # Frame t of what is made rests on frames up to t of the past: after t passes those are the decoder's own.
+        step = lambda _, past: jnp.concatenate([past[:, :1], made(past)[:, :-1]], axis=1)
+        return to_uint8(made(jax.lax.fori_loop(0, S - 1, step, past)))
+
+    return in_batches(jitted(lam, forward), batch_size, truth[:, 0], actions.astype(np.int32))

@@ -13,7 +13,7 @@ GROUPS = 20  # of the jackknife: enough for an interval, few enough to be quick
 class Figure(NamedTuple):
     """An estimate with its 95 % interval; what cannot be told is NaN.
 
-    n: Independent values (clips, unless said otherwise) that it rests on.
+    n: Values (clips, unless said otherwise) that it rests on.
     """
 
     mean: float
@@ -25,15 +25,24 @@ class Figure(NamedTuple):
 NOT_MEASURED = Figure(math.nan, math.nan, math.nan, 0)
 
 
-def figure(values: np.ndarray | Sequence[float]) -> Figure:
-    """Mean of independent values and Student's 95 % interval of it; NaNs are left out."""
-    known = np.asarray(values, np.float64)
-    known = known[~np.isnan(known)]
-    n = len(known)
+def figure(values: np.ndarray | Sequence[float], groups: np.ndarray | None = None) -> Figure:
+    """Mean of values and Student's 95 % interval of it; NaNs are left out.
+
+    Args:
+      groups: For each value a number; values of the same group, as clips of one level, count as dependent (cluster
+        robust, Liang and Zeger 1986). By default all are independent.
+    """
+    found = np.asarray(values, np.float64)
+    known = ~np.isnan(found)
+    groups = np.arange(len(found)) if groups is None else np.asarray(groups)
+    found, groups = found[known], np.unique(groups[known], return_inverse=True)[1]
+    n, num_groups = len(found), int(groups.max(initial=-1)) + 1
     if n == 0:
         return NOT_MEASURED
-    error = float(known.std(ddof=1)) / n**0.5 if n > 1 else math.nan
-    return _with_interval(float(known.mean()), error, n - 1, n)
+    mean = float(found.mean())
+    off = np.bincount(groups, weights=found - mean)  # sum over each group
+    error = math.sqrt(num_groups / (num_groups - 1) * float(np.sum(off**2))) / n if num_groups > 1 else math.nan
+    return _with_interval(mean, error, num_groups - 1, n)
 
 
 def _with_interval(mean: float, standard_error: float, freedom: int, n: int) -> Figure:
@@ -41,32 +50,40 @@ def _with_interval(mean: float, standard_error: float, freedom: int, n: int) -> 
     return Figure(mean, mean - half, mean + half, n)
 
 
-def difference(a: Figure, b: Figure, pairs: tuple[np.ndarray, np.ndarray] | None = None) -> Figure:
+def difference(
+    a: Figure, b: Figure, pairs: tuple[np.ndarray, np.ndarray] | None = None, groups: np.ndarray | None = None
+) -> Figure:
     """b - a with its 95 % interval.
 
     Args:
       pairs: Values of a and b on the same clips, where there are such: what the clips have in common then cancels.
         Otherwise a and b count as independent.
+      groups: Of the pairs; see `figure`.
     """
     if pairs is not None:
-        return figure(np.asarray(pairs[1], np.float64) - np.asarray(pairs[0], np.float64))
+        return figure(np.asarray(pairs[1], np.float64) - np.asarray(pairs[0], np.float64), groups)
     half = math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
     return Figure(b.mean - a.mean, b.mean - a.mean - half, b.mean - a.mean + half, min(a.n, b.n))
 
 
-def jackknife(statistic: Callable[..., float], *samples: np.ndarray) -> Figure:
-    """A statistic of samples with rows 0 ... n - 1 each, and its interval, leaving out a group of rows at a time.
+def jackknife(statistic: Callable[..., float], *samples: np.ndarray, groups: np.ndarray | None = None) -> Figure:
+    """A statistic of samples with rows 0 ... n - 1 each, and its interval, leaving out a part of the rows at a time.
 
     A bootstrap would draw rows twice, which flattens covariances and biases a Fréchet distance.
+
+    Args:
+      groups: For each row a number; rows of a group are left out together, of all samples that have as many rows.
     """
     n = min(len(sample) for sample in samples)
     value = statistic(*samples)
-    g = min(GROUPS, n)
+    parts = None if groups is None else np.unique(groups, return_inverse=True)[1]
+    g = min(GROUPS, n if parts is None else int(parts.max()) + 1)
     if g < 2 or math.isnan(value):
         return Figure(value, math.nan, math.nan, n)
     rest = []
     for k in range(g):
-        kept = [sample[np.arange(len(sample)) % g != k] for sample in samples]
+        rows = lambda m: parts if parts is not None and m == len(parts) else np.arange(m)
+        kept = [sample[rows(len(sample)) % g != k] for sample in samples]
         rest.append(statistic(*kept))
     return _with_interval(value, float(np.std(rest) * (g - 1) ** 0.5), g - 1, n)
 

@@ -17,12 +17,12 @@ from evaluation.actions import (
 )
 from evaluation.clips import Clips, choose_clips
 from evaluation.codes import code_sheet, mean_patches, measure_codes
-from evaluation.control import action_sweep, measure_control, random_actions
+from evaluation.control import action_sweep, measure_control, strung_actions
 from evaluation.distribution import measure_distribution
 from evaluation.fidelity import Compare, Scores, frame_metrics, infer, measure_fidelity, reconstruct
 from evaluation.measured import Measured, of_picture
 from evaluation.perceptual import LPIPS, load_i3d, load_lpips
-from evaluation.rollouts import Player, measure_rollouts, play_on
+from evaluation.rollouts import Player, measure_changed, measure_rollouts, play_on, roll_lam
 from evaluation.stability import measure_motion, measure_stability
 from models.errors import InputError
 from models.genie import World
@@ -40,13 +40,13 @@ class Plan:
     """How much is measured, and by what. Zeros stand for defaults by device."""
 
     num_clips: int = 0
-    """Clips to measure on, or all if there are fewer; 0: 64, on a CPU 32."""
+    """Clips to measure on, or all if there are fewer; 0: 512, on a CPU 32."""
     rollout_clips: int = 0
     """How many of them to roll out; 0: all, on a CPU 8."""
     fvd_clips: int = 0
     """Clips for FVD and the frame distance, and as many others to compare with; 0, and at most: --rollout_clips."""
     long_frames: int = 0
-    """Frames of the long rollouts; 0: 500, on a CPU 32."""
+    """Frames of the long rollouts; 0: 300."""
     batch_size: int = 0
     """Clips at a time, which changes speed and memory alone; 0: 64, on a CPU 4."""
     sweep_sampling: bool = False
@@ -64,14 +64,14 @@ class Plan:
     def with_defaults(self) -> Self:
         """Fills in what depends on the device."""
         cpu = jax.default_backend() == "cpu"
-        num_clips = self.num_clips or (32 if cpu else 64)
+        num_clips = self.num_clips or (32 if cpu else 512)
         rollout_clips = min(num_clips, self.rollout_clips or (8 if cpu else num_clips))
         return dataclasses.replace(
             self,
             num_clips=num_clips,
             rollout_clips=rollout_clips,
             fvd_clips=min(rollout_clips, self.fvd_clips or rollout_clips),
-            long_frames=self.long_frames or (32 if cpu else 500),
+            long_frames=self.long_frames or 300,
             batch_size=self.batch_size or (4 if cpu else 64),
         )
 
@@ -94,6 +94,11 @@ class Bench(NamedTuple):
         """The frames to measure on."""
         return self.pool.frames_BTHWC[: self.plan.num_clips]
 
+    @property
+    def levels(self) -> np.ndarray:
+        """Of these clips."""
+        return self.pool.levels_B[: self.plan.num_clips]
+
 
 def set_up(plan: Plan, source: ClipSource) -> Bench:
     """Reads the clips and the network of LPIPS."""
@@ -111,8 +116,8 @@ def measure_tokenizer(bench: Bench, tokenizer: Tokenizer) -> tuple[Measured, Sco
     truth, cfg = bench.truth, tokenizer.cfg
     frames, tokens = reconstruct(tokenizer, truth, bench.plan.batch_size)
     scores = bench.compare(frames, truth)
-    measured = measure_fidelity("tokenizer", scores, first=0)
-    measured |= measure_codes("tokenizer", tokens, cfg.num_codes)
+    measured = measure_fidelity("tokenizer", scores, bench.levels, first=0)
+    measured |= measure_codes("tokenizer", tokens, cfg.num_codes, bench.levels)
     measured |= code_sheet(mean_patches(truth, tokens, cfg.num_codes, cfg.patch_size))
     measured |= _pairs("reconstructions", truth, frames, "Truth over the tokenizer's reconstruction.")
     return measured, scores
@@ -134,12 +139,19 @@ def measure_lam(bench: Bench, lam: LAM) -> MeasuredLAM:
     """Next frames, codebook and meaning of latent actions."""
     plan, truth, metadata = bench.plan, bench.truth, bench.source.metadata
     frames, actions = infer(lam, bench.pool.frames_BTHWC, plan.batch_size)
-    measured = measure_fidelity("lam", bench.compare(frames[: len(truth)], truth[:, 1:]))
-    measured |= measure_codes("lam", actions, lam.cfg.num_codes)
+    levels = bench.pool.levels_B
+    measured = measure_fidelity("lam", bench.compare(frames[: len(truth)], truth[:, 1:]), bench.levels)
+    measured |= measure_codes("lam", actions, lam.cfg.num_codes, levels)
+    n = plan.rollout_clips
+    rolled = roll_lam(lam, truth[:n], actions[:n], plan.batch_size)
+    measured |= measure_fidelity("lam_rollout", bench.compare(rolled, truth[:n, 1:]), levels[:n], pooled=True)
+    measured |= measure_changed("lam_rollout", rolled, truth[:n], levels[:n])
     if not metadata.action_names or bench.pool.actions_BT is None:
         return MeasuredLAM(measured, actions, None)
     names, index_A = merge_actions(metadata.action_names, metadata.same_actions)
-    meaning = measure_meaning(actions, index_A[bench.pool.actions_BT[:, :-1]], lam.cfg.num_codes, names, plan.seed)
+    meaning = measure_meaning(
+        actions, index_A[bench.pool.actions_BT[:, :-1]], lam.cfg.num_codes, names, plan.seed, levels
+    )
     labels = action_labels(meaning.details["latent_actions"]["table"], names)
     return MeasuredLAM(measured | meaning, actions, labels)
 
@@ -170,27 +182,38 @@ def measure_world(
     """
     plan, everything = bench.plan, bench.pool.frames_BTHWC
     n, num_actions = plan.rollout_clips, play.num_actions
-    truth, actions = everything[:n], actions[:n]
+    pressed = strung_actions(actions, min(n, plan.batch_size), plan.long_frames, plan.seed + 1)
+    truth, actions, levels = everything[:n], actions[:n], bench.levels[:n]
 
     played = play_on(play, truth, actions)
-    measured = measure_rollouts(bench.compare, truth, played, reconstruction.cut(slice(n)))
-    measured |= measure_control(play, bench.compare, truth, actions, played[1], num_actions, plan.seed)
+    measured = measure_rollouts(bench.compare, truth, played, reconstruction.cut(slice(n)), levels)
+    measured |= measure_control(play, bench.compare, truth, actions, played[1], num_actions, plan.seed, levels)
 
     rollouts = np.concatenate([truth[:, :1], played[1]], axis=1)
     caption = "Truth over rollouts from the first frame with the truth's actions."
     measured |= _pairs("rollouts", truth, rollouts, caption)
-    measured |= measure_motion(rollouts, truth)
+    measured |= measure_motion(rollouts, truth, levels)
     names = [label.name for label in labels] if labels else [""] * num_actions
     measured |= action_sweep(play, truth[0, 0], truth.shape[1] - 1, names)
 
-    m = min(plan.fvd_clips, len(truth), len(everything) // 2)
-    others, size = everything[len(everything) - m :], min(plan.batch_size, LARGEST_I3D_BATCH)
-    measured |= measure_distribution(rollouts[:m], truth[:m], others, load_i3d(), bench.lpips, size)
+    m, others = from_other_levels(bench.pool.levels_B, min(plan.fvd_clips, n))
+    size = min(plan.batch_size, LARGEST_I3D_BATCH)
+    sets = rollouts[:m], truth[:m], everything[others]
+    measured |= measure_distribution(*sets, load_i3d(), bench.lpips, size, levels[:m])
 
     prompts = truth[: plan.batch_size, :1]
-    random = random_actions(len(prompts), plan.long_frames, num_actions, plan.seed + 1)
-    measured |= measure_stability(np.concatenate([prompts, play(prompts, random)], axis=1), everything)
+    video = np.concatenate([prompts, play(prompts, pressed)], axis=1)
+    measured |= measure_stability(video, everything, levels[: len(prompts)], bench.pool.levels_B)
     return measured | Measured(details={"long_frames": plan.long_frames})
+
+
+def from_other_levels(levels_B: np.ndarray, most: int) -> tuple[int, np.ndarray]:
+    """How many clips, from the first on, can be compared with as many of other levels, and which these are."""
+    for m in range(most, 0, -1):
+        others = np.flatnonzero(~np.isin(levels_B, levels_B[:m]))
+        if len(others) >= m:
+            return m, others[-m:]
+    return 0, np.arange(0)
 
 
 def _pairs(name: str, truth: np.ndarray, frames: np.ndarray, caption: str) -> Measured:

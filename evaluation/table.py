@@ -88,6 +88,9 @@ ROLLOUTS = (
     Subject("rollout", "rollout from 1 frame", "Frames that the world predicts from 1 frame and the clip's actions."),
     Subject("copy_last_frame", "last of 1 prompt frame repeated", "A picture that stands still.", given=True),
     Subject("reconstruction", "reconstruction of the same frames", "The tokenizer's limit to the rollout."),
+    Subject(
+        "lam_rollout", "LAM's own decoder rolled out", "Frames that the LAM makes of its own, with the same actions."
+    ),
     Subject("rollout_4", "rollout from 4 frames", "As from 1 frame, with motion to see in the prompt."),
     Subject("copy_last_frame_4", "last of 4 prompt frames repeated", "A picture that stands still.", given=True),
     Subject("reconstruction_4", "reconstruction of the same frames", "The tokenizer's limit to the rollout."),
@@ -114,6 +117,9 @@ DELTA_PSNR = Metric(
     "noise; at 0 the world ignores its actions.",
     2,
 )
+CHANGED = Metric(
+    "changed_psnr", "PSNR of what changes", "dB", "higher", "Of those pixels alone that change in truth.", 2
+)
 CONTROL = tuple(
     Metric(f"delta_psnr_t{t}", f"Δ{t} PSNR", "dB", "higher", f"The same, {t} frames after the prompt.")
     for t in HORIZONS
@@ -126,6 +132,13 @@ MEANING = (
         "higher",
         "Agreement of latent with true actions (Vinh et al. 2010), 1 for the same, about 0 for unrelated.",
     ),
+    Metric(
+        "latent_action_pair_ami",
+        "the same of pairs",
+        "",
+        "higher",
+        "Of a latent action together with the one before it.",
+    ),
 )
 ACCURACY = (
     *(
@@ -135,6 +148,16 @@ ACCURACY = (
             "",
             "higher",
             f"Share of true actions that a map from latent ones tells, learned from {n} transitions of other clips.",
+        )
+        for n in LABELLED
+    ),
+    *(
+        Metric(
+            f"action_accuracy_pair_{n}",
+            f"map from {n} labels, of pairs",
+            "",
+            "higher",
+            "The same from a latent action and the one before it.",
         )
         for n in LABELLED
     ),
@@ -162,7 +185,9 @@ DRIFT = (
     ),
 )
 VIDEOS = (
-    Subject("long_rollout", "rollouts", "The last quarter of long rollouts with random actions."),
+    Subject(
+        "long_rollout", "rollouts", "The last quarter of long rollouts with actions of held-out clips, strung together."
+    ),
     Subject("real", "real clips", "What real clips have, for comparison.", given=True),
 )
 
@@ -175,6 +200,7 @@ METRICS = {
     metric.key: metric
     for metric in (
         *_each((*MODELS, *ROLLOUTS), FRAMES),
+        *_each((subject for subject in ROLLOUTS if not subject.key.startswith("reconstruction")), [CHANGED]),
         *DISTRIBUTION,
         *CONTROL,
         *MEANING,
@@ -225,7 +251,7 @@ def reference() -> str:
         rows = [(f"`{begin}{m.key}`", m.name, m.unit or "–", m.better or "–", m.says) for m in metrics]
         return [*markdown_table(("key", "name", "unit", "better", "what it says"), rows, numbers=False), ""]
 
-    lines = ["### Fidelity", "", *subjects((*MODELS, *ROLLOUTS)), *metrics(FRAMES, "…_")]
+    lines = ["### Fidelity", "", *subjects((*MODELS, *ROLLOUTS)), *metrics((*FRAMES, CHANGED), "…_")]
     lines += ["### Distribution", "", *metrics(DISTRIBUTION)]
     lines += ["### Controllability", "", *metrics((DELTA_PSNR, *CONTROL))]
     lines += ["### Meaning of latent actions", "", *metrics((*MEANING, *ACCURACY))]

@@ -189,6 +189,25 @@ def _read_parameters(file: Path, target: Any) -> Any:
     return jax.tree.unflatten(tree, values)
 
 
+def write_parameters(folder: Path, world: World) -> None:
+    """Writes `PARAMETERS`: all variables of a world, in half precision.
+
+    Raises:
+      InputError: A value is beyond half precision's range.
+    """
+    arrays: dict[str, Any] = {}
+    for path, value in nnx.to_flat_state(nnx.state(world)):
+        array = np.asarray(value[...])
+        name = "/".join(map(str, path))
+        if array.dtype == np.float32:
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float16)
+            if not np.isfinite(array).all():
+                raise InputError(f"{name}: holds values beyond half precision, up to {np.abs(value[...]).max():.3g}")
+        arrays[name] = array
+    np.savez(folder / PARAMETERS, **arrays)
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 

@@ -19,12 +19,14 @@ from evaluation.actions import action_labels, measure_meaning, merge_actions
 from evaluation.charts import Chart, HeatMap, Line, chart_svg
 from evaluation.clips import choose_clips, digest, in_batches
 from evaluation.codes import mean_patches, measure_codes
-from evaluation.control import measure_control
+from evaluation.comparison import comparison
+from evaluation.control import measure_control, strung_actions
 from evaluation.distribution import measure_distribution
-from evaluation.fidelity import frame_metrics
+from evaluation.fidelity import Scores, frame_metrics, measure_fidelity
 from evaluation.measured import Measured, Picture, of_clips
 from evaluation.page import Section, Table, write_page
-from evaluation.rollouts import Player, measure_rollouts, play_on
+from evaluation.rollouts import Player, measure_changed, measure_rollouts, play_on, roll_lam
+from evaluation.sampling import measure_sampling
 from evaluation.stability import measure_stability
 from evaluation.statistics import (
     adjusted_mutual_information,
@@ -35,9 +37,11 @@ from evaluation.statistics import (
     frechet_distance,
     jackknife,
 )
+from evaluation.suite import from_other_levels
 from models.dynamics import DynamicsConfig
 from models.errors import InputError
 from models.genie import CONFIG_VERSION, World, WorldConfig
+from models.lam import LAM, LAMConfig
 from models.nn import Compute
 from models.sampling import SamplingConfig, rollout
 from models.tokenizer import TokenizerConfig
@@ -71,6 +75,22 @@ def test_intervals_are_students():
     np.testing.assert_allclose(figure([*values, np.nan]), (values.mean(), low, high, 12))
     assert math.isnan(figure([1.0]).low)
     assert figure([]).n == 0
+
+
+def test_clips_of_one_level_count_once():
+    values = rng.standard_normal(9)
+    alone = figure(values)
+    np.testing.assert_allclose(figure(values, np.arange(9) * 7), alone)
+    thrice = figure(np.repeat(values, 3), np.repeat(np.arange(9), 3))
+    np.testing.assert_allclose(thrice[:3], alone[:3])
+    assert thrice.n == 27
+    assert figure(np.repeat(values, 3)).low > alone.low  # which takes them for news
+    np.testing.assert_allclose(
+        jackknife(lambda x: float(x.mean()), np.repeat(values, 3), groups=np.repeat(np.arange(9), 3))[:3], alone[:3]
+    )
+    assert math.isnan(figure(values, np.zeros(9)).low)
+    with_gaps = np.array([1.0, np.nan, 3.0, 5.0])
+    np.testing.assert_allclose(figure(with_gaps, np.array([4, 4, 4, 2])), figure([1.0, 3.0, 5.0], np.array([0, 0, 1])))
 
 
 def test_the_jackknife_of_a_mean_is_its_interval():
@@ -231,6 +251,66 @@ def test_curves_have_the_horizons_and_lpips_is_not_zero_but_unknown():
     json.dumps(metrics, allow_nan=False)
 
 
+def test_what_changes_is_scored_alone():
+    truth = np.zeros((2, 3, 8, 8, 3), np.uint8)
+    truth[:, 1, :4] = 100  # half of the picture changes once,
+    truth[:, 2, :4] = 100  # and then nothing
+    predicted = truth[:, 1:].copy()
+    predicted[:, :, 4:] = 255  # wrong where nothing changes
+    perfect = measure_changed("rollout", predicted, truth).figures["rollout_changed_psnr"]
+    assert perfect.mean == pytest.approx(60)
+    still = measure_changed("copy", np.zeros_like(predicted), truth).figures["copy_changed_psnr"]
+    assert still.mean == pytest.approx(-20 * np.log10(100 / 255), abs=1e-4)
+
+
+@pytest.mark.parametrize("reach", [0, 2])
+def test_the_lam_is_rolled_out_frame_by_frame(reach):
+    size = {"width": 16, "num_heads": 2, "num_blocks": 1}
+    lam = LAM(
+        LAMConfig(**size, patch_size=8, num_codes=A, motion_reach=reach, frame_shape=FRAME), Compute(), nnx.Rngs(0)
+    )
+    lam.code_out.kernel[...] *= 20
+    rolled = roll_lam(lam, TRUTH[:3, :5], ACTIONS[:3, :4], batch_size=2)
+    frames = jnp.asarray(TRUTH[:3, :1], jnp.float32) / 255
+    for t in range(4):
+        made = lam.predict(frames, lam.vq.lookup(jnp.asarray(ACTIONS[:3, : t + 1])))
+        frames = jnp.concatenate([frames, jnp.clip(made[:, -1:], 0, 1)], axis=1)
+    np.testing.assert_allclose(rolled, np.asarray(frames[:, 1:]) * 255, atol=1.01)
+    if reach:
+        assert (rolled[:, 0] != roll_lam(lam, TRUTH[:3, :5], (ACTIONS[:3, :4] + 1) % A, 2)[:, 0]).any()
+
+
+def test_long_rollouts_press_what_clips_press():
+    pressed = strung_actions(ACTIONS, 4, 22, seed=1)
+    assert pressed.shape == (4, 22)
+    rows = {tuple(row) for row in ACTIONS}
+    for clip in pressed:
+        assert tuple(clip[:9]) in rows
+        assert tuple(clip[9:18]) in rows
+        assert any(tuple(clip[18:]) == row[:4] for row in rows)
+
+
+def test_the_floor_is_of_other_levels():
+    levels = np.array([1, 2, 3, 1, 2, 4, 5, 5])
+    m, others = from_other_levels(levels, 4)
+    assert m == 3
+    assert not set(levels[:m]) & set(levels[others])
+    assert len(others) == m
+    assert from_other_levels(np.array([1, 1, 1]), 2)[0] == 0
+
+
+def test_ways_of_sampling_are_swept(monkeypatch):
+    monkeypatch.setattr("evaluation.sampling.STEPS", (1, 3))
+    monkeypatch.setattr("evaluation.sampling.ORDERS", ("random", "halton"))
+    world = World(world_config(), Compute(), nnx.Rngs(0))
+    rows = measure_sampling(compare, world, TRUTH[:3, :4], ACTIONS[:3, :3] % 2, 2, 0).details["sampling_sweep"]
+    assert len({(row["order"], row["temperature"], row["steps"]) for row in rows}) == len(rows) == 2 * 3 * 2
+    for temperature in (0.0, 0.5, 1.0):  # a single step leaves the order nothing to say
+        assert len({r["psnr"] for r in rows if r["steps"] == 1 and r["temperature"] == temperature}) == 1
+    assert len({row["psnr"] for row in rows}) > 6
+    assert all(5 < row["psnr"] < 30 and row["sharpness"] > 0 for row in rows)
+
+
 # Latent actions and codes
 
 
@@ -248,11 +328,16 @@ def test_perfect_latent_actions_are_understood_and_shuffled_ones_are_not():
     assert abs(noise.figures["latent_action_ami"].mean) < 0.01
     assert abs(noise.figures["action_accuracy_1000"].mean - 1 / 3) < 0.06
     assert noise.figures["action_accuracy_majority"].n == 80
+    # What a code alone does not tell: whether the action went on or turned about.
+    turned = (true[:, 1:] + true[:, :-1]) % 3
+    both = meaning(true[:, 1:], turned).figures
+    assert both["action_accuracy_pair_1000"].mean == pytest.approx(1, abs=0.02) or both["latent_action_ami"].mean < 0.01
+    assert both["latent_action_pair_ami"].mean > 0.6 > 0.01 > abs(both["latent_action_ami"].mean)
     few = meaning(true[:8], true[:8])
     assert math.isnan(few.details["latent_actions"]["accuracy"]["1000"].mean)
     labels = action_labels(perfect.details["latent_actions"]["table"], ["L", "R", "N"])
     assert [label.name for label in labels] == ["", "L", "R", "N"]
-    assert [label.share for label in labels] == [0, 1, 1, 1]
+    assert [label.share for label in labels] == [None, 1, 1, 1]
     assert sum(label.count for label in labels) == true.size
 
 
@@ -449,6 +534,21 @@ def test_comparing_marks_what_differs(trained, dataset, tmp_path, capsys):
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(InputError, match=r"b\.json: not a metrics\.json"):
         evaluate.main(evaluate.Config(compare=(str(tmp_path / "a" / "metrics.json"), str(tmp_path / "b.json"))))
+
+
+def test_the_difference_that_is_tested_is_the_one_shown():
+    """Of a pooled PSNR: here the pooled one falls, though the mean of the clips' PSNRs rises."""
+    mse = [np.array([0.001, 0.001, 0.001, 0.1]), np.array([0.0005, 0.0005, 0.0005, 0.12])]
+    scores = [Scores(*[-10 * np.log10(x)[:, None]] * 3, None, x[:, None]) for x in mse]
+    a, b = (
+        measure_fidelity("rollout", x, pooled=True).to_json() | {"clips_digest": "same", "clip_levels": [1, 2, 3, 4]}
+        for x in scores
+    )
+    rows = {line.split()[0]: line for line in comparison(a, b).splitlines()[1:-1]}
+    shown = -10 * (np.log10(mse[1].mean()) - np.log10(mse[0].mean()))
+    assert shown < 0
+    assert f"{shown:+.4f}" in rows["rollout_psnr"]
+    assert "+2.05" in rows["rollout_psnr_mean"]
 
 
 def test_a_lam_is_measured_also_without_true_actions(trained, dataset, tmp_path):

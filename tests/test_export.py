@@ -14,8 +14,8 @@ import play
 import sample
 from models.errors import InputError
 from models.genie import PARAMETERS, load_world, read_config
+from utils.checkpoint import data_of, output_of
 from utils.data import ClipSource
-from utils.exported import data_of, output_of
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_damaged_parameters_are_refused_in_one_line(exported, tmp_path):
 
 
 def test_values_beyond_half_precision_are_refused(trained, tmp_path):
-    from utils.exported import write_parameters
+    from models.genie import write_parameters
 
     world = load_world(trained["world"])
     world.dynamics = jax.tree.map(lambda x: x * 1e6 if x.dtype == np.float32 else x, world.dynamics)

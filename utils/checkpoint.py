@@ -2,6 +2,9 @@
 
 <ckpt_dir>/config.json                                    kind, command, model, training flags, versions
 <ckpt_dir>/<step>/model | optimizer | ema | meta          separate items, so that inference reads one of them
+
+An exported world (export.py) has parameters.npz and data/ in the place of the steps. Nothing is written into its
+folder: what would go into that of a training goes to runs/<name of the folder>.
 """
 
 import dataclasses
@@ -21,7 +24,8 @@ from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from models.errors import InputError
-from models.genie import CONFIG_VERSION, checkpoint_steps, read_config
+from models.genie import CONFIG_VERSION, PARAMETERS, checkpoint_steps, read_config
+from utils.data import frames_folder
 from utils.sharding import state_sharding
 from utils.state import TrainState
 
@@ -99,6 +103,28 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in fields.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
+
+
+def is_exported(checkpoint: str | Path) -> bool:
+    """Whether a folder holds an exported world instead of a training."""
+    return (Path(checkpoint) / PARAMETERS).is_file()
+
+
+def data_of(checkpoint: str | Path) -> str:
+    """The dataset of frames that belongs to a checkpoint: that of its training, or the clips that it was exported with.
+
+    Raises:
+      InputError: There is no checkpoint, or no dataset.
+    """
+    if is_exported(checkpoint):
+        return str(Path(checkpoint) / "data")
+    return frames_folder(read_config(checkpoint)["train"]["data_dir"])
+
+
+def output_of(checkpoint: str | Path, name: str = "") -> Path:
+    """Where what is made of a checkpoint goes by default: into its folder, but never into an exported world's."""
+    folder = Path("runs") / Path(checkpoint).resolve().name if is_exported(checkpoint) else Path(checkpoint)
+    return folder / name
 
 
 RISING = ("psnr", "ssim", "accuracy", "usage", "margin")
