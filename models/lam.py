@@ -95,13 +95,13 @@ class LAM(nnx.Module):
 
     def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> ActionReconstruction:
         """Infers the actions of a clip in [0, 1] and predicts each next frame from them."""
-        quantized = self.vq(self._latents(frames_BTHWC), train)
+        quantized = self.vq(self.latents(frames_BTHWC), train)
         next_frames, hidden = self._predict(frames_BTHWC[:, :-1], quantized.vectors_XL)
         return ActionReconstruction(next_frames, quantized.codes_X, quantized.latents_XL, quantized.commitment, hidden)
 
     def infer(self, frames_BTHWC: jax.Array) -> jax.Array:
         """The latent actions (B, Tm1) of a clip in [0, 1]."""
-        return self.vq(self._latents(frames_BTHWC)).codes_X
+        return self.vq(self.latents(frames_BTHWC)).codes_X
 
     def predict(self, past_BTm1HWC: jax.Array, actions_BTm1L: jax.Array) -> jax.Array:
         """Frames 1 ... T - 1 from frames 0 ... T - 2 and the vectors of the actions between them."""
@@ -120,7 +120,8 @@ class LAM(nnx.Module):
         next_BTm1NP = patches_BTm1NP.astype(jnp.float32) + self.patch_out(hidden_BTm1NM).astype(jnp.float32)
         return unpatchify(next_BTm1NP, self.cfg.patch_size, self.cfg.frame_shape), hidden_BTm1NM
 
-    def _latents(self, frames_BTHWC: jax.Array) -> jax.Array:
+    def latents(self, frames_BTHWC: jax.Array) -> jax.Array:
+        """What the codebook makes actions of, (B, Tm1, L)."""
         # Each patch comes with its change since the last frame, so that motion can be seen before any attention.
         patches_BTNP = patchify(frames_BTHWC, self.cfg.patch_size)
         changes_BTNP = jnp.diff(patches_BTNP, axis=1, prepend=patches_BTNP[:, :1])

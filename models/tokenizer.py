@@ -121,11 +121,13 @@ class Tokenizer(nnx.Module):
         if self.cfg.motion_reach and not train:
             out = self._unroll(quantized.vectors_XL)
         else:
-            out = self._decode(quantized.vectors_XL, frames_before(frames_BTHWC))
-        if self.cfg.motion_reach and train:
-            # Once more, as in a rollout: what the decoder moves is what it has made itself.
-            own_BTHWC = jnp.clip(jax.lax.stop_gradient(out.frames_BTHWC), 0.0, 1.0)
-            out = self._decode(quantized.vectors_XL, frames_before(own_BTHWC))
+            last_BTHWC = frames_before(frames_BTHWC)
+            if self.cfg.motion_reach:
+                # As in a rollout: what the decoder moves is what it has made itself. Nothing follows the last frame.
+                own_BTm1HWC = self._decode(quantized.vectors_XL[:, :-1], last_BTHWC[:, :-1]).frames_BTHWC
+                own_BTm1HWC = jnp.clip(jax.lax.stop_gradient(own_BTm1HWC), 0.0, 1.0)
+                last_BTHWC = jnp.concatenate([last_BTHWC[:, :1], own_BTm1HWC], axis=1)
+            out = self._decode(quantized.vectors_XL, last_BTHWC)
         return Reconstruction(
             out.frames_BTHWC, quantized.codes_X, quantized.latents_XL, quantized.commitment, out.hidden_BTNM
         )

@@ -68,7 +68,7 @@ def test_lam_decoder_sees_past_frames_and_actions_only():
 
 def test_latent_action_depends_on_the_next_frame_and_no_later_one():
     model = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0))
-    seen = influence(model._latents, FRAMES)
+    seen = influence(model.latents, FRAMES)
     np.testing.assert_array_equal(seen, np.tril(np.ones((T - 1, T), bool), k=1))
 
 
@@ -359,7 +359,7 @@ def test_lam_sees_motion_before_any_attention():
     model.encoder = watched
 
     def encoder_input(frames_BTHWC):
-        model._latents(frames_BTHWC)
+        model.latents(frames_BTHWC)
         return seen.pop()
 
     # What goes in for a frame comes from it and from the one before.
