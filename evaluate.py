@@ -5,7 +5,7 @@
 
 Writes report.html, report.md, metrics.json (the same for the same command on the same machine) and speed.json; beside
 the checkpoint action_labels.json, what each action does. LPIPS, FVD and the frame distance need the weights that
-`make eval-deps` installs. The demo's world takes about a minute on two CPU cores.
+`make eval-deps` installs.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import jax
 
-from evaluation.actions import named
+from evaluation.actions import with_names
 from evaluation.buttons import measure_buttons
 from evaluation.clips import digest
 from evaluation.comparison import comparison
@@ -47,7 +47,7 @@ class Config(Plan, SamplingFlags):
     data_dir: str = ""
     """Dataset of the clips; default: the one that the checkpoint was trained on."""
     output_dir: str = ""
-    """Where to write; default: evaluation/ in the checkpoint's folder, or in runs/<name> of an exported world."""
+    """Where to write; default: evaluation/ in the checkpoint's folder, or in runs/worlds/<name> of an exported one."""
     split: Literal["val", "test", "train"] = "val"
     """Split of the clips."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -100,7 +100,7 @@ def main(cfg: Config) -> None:
         if lam:
             buttons = measure_buttons(play, bench.pool.frames_BTHWC, actions, world.num_actions)
             measured |= buttons
-            labels = named(labels, buttons.details["buttons"], actions)
+            labels = with_names(labels, buttons.details["buttons"], actions)
         measured |= measure_world(bench, play, actions, reconstruction, labels)
         played = {"actions": "inferred" if lam else "true", "sampling": dataclasses.asdict(sampling)}
         measured |= Measured(details=played)
@@ -118,9 +118,9 @@ def main(cfg: Config) -> None:
         "seed": cfg.seed,
         "dtype": dtype,
         "num_clips": bench.plan.num_clips,
-        "rollout_clips": bench.plan.rollout_clips if world else 0,
+        "rollout_clips": bench.plan.rollout_clips if lam or world else 0,
         "clips_digest": digest(bench.truth),
-        "clip_levels": bench.levels,
+        "clip_levels": bench.pool.levels_B,
         "perceptual_net": cfg.perceptual_net if bench.lpips else None,
     }
     metrics = (measured | Measured(details=setting)).to_json()

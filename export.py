@@ -7,12 +7,13 @@ sample.py, play.py and evaluate.py take the folder as they take a training's, an
 """
 
 import dataclasses
+import itertools
 import json
 import shlex
 import shutil
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -60,7 +61,7 @@ class Config(SamplingFlags):
     num_clips: int = 16
     """Validation clips to take along."""
     num_frames: int = 32
-    """Frames of each, or as many as the longest has."""
+    """Frames of each, at least as many as the world sees at once; or as many as the longest has."""
     data_dir: str = ""
     """Dataset of the clips; default: the one that the world was trained on."""
     metrics: str = ""
@@ -81,7 +82,7 @@ PATHS = ("ckpt_dir", "data_dir", "tokenizer_checkpoint", "lam_checkpoint", "comp
 """Training flags that mean nothing elsewhere."""
 
 
-def write_config(folder: Path, run: str, sampling: SamplingConfig) -> None:
+def write_slim_config(folder: Path, run: str, sampling: SamplingConfig) -> None:
     """Writes the configuration of a training, without paths, with the way of sampling that the world is to have."""
     config = read_config(run)
     config.pop("command", None)
@@ -91,17 +92,19 @@ def write_config(folder: Path, run: str, sampling: SamplingConfig) -> None:
 
 
 def write_clips(folder: Path, data_dir: str, num_clips: int, num_frames: int, seed: int) -> int:
-    """Writes a dataset of windows of validation clips, from as many levels as there are; returns how many."""
+    """Writes a dataset of windows of validation clips, of as many levels as can be found soon; returns how many."""
     length = min(num_frames, longest_clip(data_dir, "val"))
     source = ClipSource(data_dir, "val", max(length, 1))
     rng = np.random.default_rng(seed)
-    by_level: dict[Any, list[Clip]] = {}
-    for clip in source.clips(rng.permutation(len(source)).tolist()):
-        by_level.setdefault(clip.level_seed, []).append(clip)
-    turns = [(turn, clip) for clips in by_level.values() for turn, clip in enumerate(clips)]
-    chosen = [clip for _, clip in sorted(turns, key=lambda pair: pair[0])][:num_clips]
-    cut = []
-    for clip in chosen:
+    by_level: dict[int | str, list[Clip]] = {}
+    for i in rng.permutation(len(source))[: 20 * num_clips].tolist():
+        [clip] = source.clips([i])
+        by_level.setdefault(clip.clip_id if clip.level_seed is None else clip.level_seed, []).append(clip)
+        if len(by_level) == num_clips:
+            break
+    turns = itertools.zip_longest(*by_level.values())  # all first ones, then all second ones
+    cut: list[Clip] = []
+    for clip in [clip for turn in turns for clip in turn if clip][:num_clips]:
         at = int(rng.integers(len(clip) - length + 1))
         parts = {f: getattr(clip, f) for f in ("frames_THWC", "actions_T", "rewards_T")}
         parts = {f: None if values is None else values[at : at + length] for f, values in parts.items()}
@@ -118,11 +121,13 @@ def card(cfg: Config, world: World, metadata: Metadata, sampling: SamplingConfig
     count = lambda part: sum(x.size for x in jax.tree.leaves(nnx.state(part)))
     parts = [(name, f"{count(part):,}") for name in ("tokenizer", "lam", "dynamics") if (part := getattr(world, name))]
     figures, file = "", Path(cfg.metrics or Path(cfg.run) / "evaluation" / "metrics.json")
-    if cfg.metrics or file.is_file():
-        metrics = read_metrics(file, "metrics")
+    metrics = read_metrics(file, "metrics") if cfg.metrics or file.is_file() else {}
+    if metrics.get("sampling") == dataclasses.asdict(sampling):
         took = f" All of it took {metrics['wall_s'] / 60:.0f} minutes." if "wall_s" in metrics else ""
         figures = f"## How good it is\n\nOn {metrics['rollout_clips']} clips of the {metrics['split']} split.{took}\n\n"
         figures += headlines(metrics) + "\n"
+    elif cfg.metrics:
+        raise InputError(f"`metrics` {file}: measured with other sampling, {metrics.get('sampling')}; evaluate again")
     return CARD.format(
         name=Path(cfg.out).name,
         out=cfg.out,
@@ -153,7 +158,7 @@ def commands(cfg: Config, metadata: Metadata) -> list[str]:
         folder = config["train"].get(name, "")
         if folder and (Path(folder) / "config.json").is_file():
             found.append(read_config(folder).get("command", ""))
-    found += [config.get("command", ""), shlex.join(["export.py", cfg.run, cfg.out])]
+    found += [config.get("command", ""), shlex.join(["export.py", *sys.argv[1:]])]
     return [f"python {command}" for command in found if command]
 
 
@@ -165,18 +170,23 @@ def main(cfg: Config) -> None:
         raise InputError(f"{cfg.run}: is an exported world already; copy the folder")
     world, sampling = load_world(cfg.run), cfg.over(stored_sampling(cfg.run))
     data_dir = cfg.data_dir or data_of(cfg.run)
+    metadata = read_metadata(data_dir)
+    if metadata.frame_shape != world.cfg.tokenizer.frame_shape:
+        expected = world.cfg.tokenizer.frame_shape
+        raise InputError(f"`data_dir` {data_dir}: frames of {metadata.frame_shape}, the world's are {expected}")
     out.parent.mkdir(parents=True, exist_ok=True)
     # A folder that is there is whole.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name
         folder.mkdir()
         write_parameters(folder, world)
-        write_config(folder, cfg.run, sampling)
-        num_clips = write_clips(folder / "data", data_dir, cfg.num_clips, cfg.num_frames, cfg.seed)
+        write_slim_config(folder, cfg.run, sampling)
+        num_frames = max(cfg.num_frames, world.cfg.window)  # fewer could not be evaluated on
+        num_clips = write_clips(folder / "data", data_dir, cfg.num_clips, num_frames, cfg.seed)
         labels = Path(cfg.run) / "action_labels.json"
         if labels.is_file():
             shutil.copyfile(labels, folder / labels.name)
-        (folder / "README.md").write_text(card(cfg, world, read_metadata(data_dir), sampling, num_clips))
+        (folder / "README.md").write_text(card(cfg, world, metadata, sampling, num_clips))
         folder.rename(out)
     megabytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     print(f"wrote {out}: {megabytes:.1f} MB")

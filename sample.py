@@ -37,7 +37,7 @@ class Config(SamplingFlags):
     checkpoint: str = "runs/dynamics"
     """--ckpt_dir of the world's training, or an exported world."""
     output_dir: str = ""
-    """Where to write; default: samples/ in the checkpoint's folder, or in runs/<name> of an exported world."""
+    """Where to write; default: samples/ in the checkpoint's folder, or in runs/worlds/<name> of an exported one."""
     data_dir: str = ""
     """Dataset of the prompts; default: the one that the world was trained on."""
     split: str = "val"

@@ -58,11 +58,12 @@ def measure_meaning(
       levels_B: Of the clips; those of one level count as dependent.
     """
     # The same code may mean another action after another code: the pair of both tells more, and has more to learn.
-    pairs = latent[:, 1:] * num_latent + latent[:, :-1]
-    alone, told = (
-        _told(codes, true[:, -codes.shape[1] :], num_codes, len(names), seed, levels_B)
-        for codes, num_codes in ((latent, num_latent), (pairs, num_latent**2))
-    )
+    alone = _told(latent, true, num_latent, len(names), seed, levels_B)
+    if latent.shape[1] > 1:
+        pairs = latent[:, 1:] * num_latent + latent[:, :-1]
+        told = _told(pairs, true[:, 1:], num_latent**2, len(names), seed, levels_B)
+    else:
+        told = _Told(NOT_MEASURED, dict.fromkeys(map(str, LABELLED), NOT_MEASURED))
     half = len(latent) // 2
     most_frequent = np.bincount(true[:half].reshape(-1), minlength=len(names)).argmax() if half else 0
     levels = None if levels_B is None else levels_B[half:]
@@ -107,7 +108,7 @@ def _told(
             guess = best_map(codes[drawn], labels[drawn], num_codes, num_names)
             hits.append((guess[codes_BS[half:]] == true_BS[half:]).mean(axis=1))
         accuracy[str(n)] = figure(np.mean(hits, axis=0), levels)
-    return _Told(jackknife(ami, np.stack([codes_BS, true_BS], axis=-1), groups=levels_B), accuracy)
+    return _Told(jackknife(ami, np.stack([codes_BS, true_BS], axis=-1), groups=[levels_B]), accuracy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def true_action_labels(actions: np.ndarray, names: Sequence[str]) -> list[Action
     return [ActionLabel(name, name, 1.0 if n else None, int(n)) for name, n in zip(names, counts, strict=True)]
 
 
-def named(
+def with_names(
     labels: Sequence[ActionLabel] | None, buttons: Sequence[Mapping[str, Any]], actions: np.ndarray
 ) -> list[ActionLabel]:
     """Labels with the names that `evaluation.buttons` found; without labels, of latent `actions` (B, Tm1)."""

@@ -35,7 +35,7 @@ def measure_buttons(play: Play, frames: np.ndarray, actions: np.ndarray, num_act
     """Holds each action, and names it.
 
     Args:
-      frames: (B, T, H, W, C) with T of at least `PROMPT_FRAMES`; actions: (B, Tm1), those between them.
+      frames: (B, T, H, W, C), of which the first `PROMPT_FRAMES` prompt; actions: (B, Tm1), those between them.
     Returns:
       `buttons` and `button_prompts` in the details; no two names are alike.
     """
@@ -46,7 +46,7 @@ def measure_buttons(play: Play, frames: np.ndarray, actions: np.ndarray, num_act
         held = np.concatenate([between, np.full((n, HELD_FRAMES), a)], axis=1)
         video = np.concatenate([prompts[:, -1:], play(prompts, held)], axis=1)
         picture[a], centre[a] = _per_frame(video)
-    buttons = [button._asdict() for button in named(picture, centre)]
+    buttons = [button._asdict() for button in name_buttons(picture, centre)]
     return Measured(details={"button_prompts": n, "buttons": buttons})
 
 
@@ -57,7 +57,7 @@ def _per_frame(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     before, after = grey[:, :-1].reshape(-1, H, W), grey[:, 1:].reshape(-1, H, W)
     reach = max(min(H, W) // 8, 1)
     whole = (slice(reach, H - reach), slice(reach, W - reach))
-    middle = tuple(slice(size // 2 - size // 8, size // 2 + size // 8) for size in (H, W))
+    middle = tuple(slice(size // 2 - max(size // 8, 1), size // 2 + max(size // 8, 1)) for size in (H, W))
     of = lambda box: shifts(before, after, reach, box).reshape(B, T - 1, 2).mean(axis=1)
     return of(whole), of(middle)
 
@@ -76,9 +76,12 @@ def shifts(before_NHW: np.ndarray, after_NHW: np.ndarray, reach: int, box: tuple
     return found
 
 
-def named(picture_ABx: np.ndarray, centre_ABx: np.ndarray) -> list[Button]:
+def name_buttons(picture_ABx: np.ndarray, centre_ABx: np.ndarray) -> list[Button]:
     """The buttons, from shifts (A, B, 2) per frame, to the right and down, of the picture and of its centre."""
-    idle = np.linalg.norm(picture_ABx, axis=-1).mean(axis=1).argmin()
+    length = lambda shifts_ABx: np.linalg.norm(shifts_ABx, axis=-1).mean(axis=1)
+    # Of those that leave the picture standing, as all do under a fixed camera, the one that moves its centre least.
+    standing = length(picture_ABx) < length(picture_ABx).min() + STILL
+    idle = np.where(standing, length(centre_ABx), np.inf).argmin()
     # To the right and up, of the player: against the picture's motion, and with the centre's.
     by_picture = (picture_ABx - picture_ABx[idle]) * (-1, 1)
     by_centre = (centre_ABx - centre_ABx[idle]) * (1, -1)

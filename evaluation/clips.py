@@ -46,7 +46,7 @@ def choose_clips(source: ClipSource, num_clips: int, seed: int) -> Clips:
     chosen = sorted(places)[:num_clips]
     records = [place[2] for place in chosen]
     batch = source.windows(records, [place[3] for place in chosen])
-    seeds = [clip.level_seed for clip in source.clips(records)]
+    seeds = [clip.level_seed for i in range(0, len(records), 64) for clip in source.clips(records[i : i + 64])]
     levels = [-1 - record if seed is None else seed for seed, record in zip(seeds, records, strict=True)]
     return Clips(batch.frames_BTHWC, batch.actions_BT, np.array(levels))
 

@@ -37,8 +37,8 @@ def measure_codes(subject: str, codes: np.ndarray, num_codes: int, levels_B: np.
     }
     return Measured(
         figures={
-            f"{subject}_codebook_usage": jackknife(usage, counts_BK, groups=levels_B),
-            f"{subject}_codebook_perplexity": jackknife(perplexity, counts_BK, groups=levels_B),
+            f"{subject}_codebook_usage": jackknife(usage, counts_BK, groups=[levels_B]),
+            f"{subject}_codebook_perplexity": jackknife(perplexity, counts_BK, groups=[levels_B]),
         },
         details={f"{subject}_codebook": book},
     )

@@ -30,7 +30,7 @@ def comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         paired = same and len(values[0]) == len(values[1]) > 1
         levels = np.array(a["clip_levels"][: len(values[0])]) if paired and "clip_levels" in a else None
         if paired and pooled:
-            change = jackknife(lambda x, y: pooled_psnr(y).mean - pooled_psnr(x).mean, *values, groups=levels)
+            change = jackknife(lambda x, y: pooled_psnr(y).mean - pooled_psnr(x).mean, *values, groups=[levels, levels])
         else:
             change = difference(one, two, (values[0], values[1]) if paired else None, levels)
         half = (change.high - change.low) / 2

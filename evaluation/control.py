@@ -52,7 +52,11 @@ def measure_control(
     measured, by_action = Measured(curves={"delta_psnr": curve(delta, levels_B=levels_B)}), {}
     for t in horizons:
         measured |= of_clips(f"delta_psnr_t{t}", delta[:, t - 1], levels_B)
-        by_action[str(t)] = {str(a): figure(delta[actions[:, t - 1] == a, t - 1]) for a in range(num_actions)}
+        of = lambda a, t: (actions[:, t - 1] == a).nonzero()[0]
+        by_action[str(t)] = {
+            str(a): figure(delta[of(a, t), t - 1], None if levels_B is None else levels_B[of(a, t)])
+            for a in range(num_actions)
+        }
     return measured | Measured(details={"delta_psnr_by_action": by_action})
 
 
@@ -68,5 +72,5 @@ def action_sweep(play: Player, prompt_HWC: np.ndarray, num_frames: int, names: S
     prompts = np.repeat(prompt_HWC[None, None], rows, axis=0)
     # The same noise in each row.
     video = np.concatenate([prompts, play(prompts, held, np.zeros(rows))], axis=1)
-    caption = "One prompt; in each row one action is held throughout (beside it, the true action it mostly stands for)."
+    caption = "One prompt; in each row one action is held throughout (beside it, what it is called)."
     return of_picture("action_sweep", sweep(video, names), caption)

@@ -21,7 +21,7 @@ def measure_distribution(
     i3d: I3D | None,
     lpips: LPIPS | None,
     batch_size: int,
-    levels_B: np.ndarray | None = None,
+    levels: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Measured:
     """FVD and Fréchet distance of frames, of rollouts and of real clips from other real clips.
 
@@ -29,7 +29,7 @@ def measure_distribution(
 
     Args:
       generated: Rollouts with their prompts; `real`: the same clips as they were; `others`: as many of other levels.
-      levels_B: Of the clips; those of one level are left out together for the interval.
+      levels: Of the real clips and of the others; those of one level are left out together for the interval.
     """
     sets = {"": generated, "_floor": real}
     figures = {f"{distance}{name}": NOT_MEASURED for name in sets for distance in ("fvd", "frame_distance")}
@@ -40,7 +40,7 @@ def measure_distribution(
         reference = in_batches(read, batch_size, others)
         for name, clips in sets.items():
             figures[f"fvd{name}"] = jackknife(
-                frechet_distance, in_batches(read, batch_size, clips), reference, groups=levels_B
+                frechet_distance, in_batches(read, batch_size, clips), reference, groups=levels
             )
 
     if enough and lpips is not None:
@@ -50,7 +50,7 @@ def measure_distribution(
             # Whole clips are left out for the interval: frames of one clip are alike.
             distance = lambda a, b: frechet_distance(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
             figures[f"frame_distance{name}"] = jackknife(
-                distance, _features_of_some_frames(look, clips), reference, groups=levels_B
+                distance, _features_of_some_frames(look, clips), reference, groups=levels
             )
     return Measured(figures=figures)
 

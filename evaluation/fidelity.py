@@ -55,10 +55,13 @@ def frame_metrics(lpips: LPIPS | None) -> Compare:
 
 
 def pooled_psnr(mse_B: np.ndarray, levels_B: np.ndarray | None = None) -> Figure:
-    """PSNR in dB of the mean over clips of their mean squared errors, with that mean's interval."""
+    """PSNR in dB of the mean over clips of their mean squared errors, with that mean's interval (delta method)."""
     error = figure(mse_B, levels_B)
-    mean, low, high = (-10 * math.log10(max(x, 1e-6)) for x in (error.mean, error.high, error.low))
-    return Figure(mean, low, high, error.n)
+    if not error.n:
+        return NOT_MEASURED
+    least = max(error.mean, 1e-6)
+    mean, half = -10 * math.log10(least), 10 / math.log(10) * (error.high - error.mean) / least
+    return Figure(mean, mean - half, mean + half, error.n)
 
 
 def measure_fidelity(

@@ -114,5 +114,9 @@ def _plain(value: Any, digits: int = 5) -> Any:
     if isinstance(value, (list, tuple, np.ndarray)):
         return [_plain(x, digits) for x in value]
     if isinstance(value, (float, np.floating)):
-        return round(float(value), digits) if math.isfinite(value) else None
+        number = float(value)
+        if not math.isfinite(number):
+            return None
+        # Small errors keep as many digits as large ones.
+        return round(number, digits) if abs(number) >= 0.01 else float(f"{number:.{digits}g}")
     return value.item() if isinstance(value, np.generic) else value

@@ -78,7 +78,7 @@ def _fidelity(metrics: Metrics, pictures: Pictures) -> Section:
             if known:
                 blocks.append(Chart(f"{metric.title}, {prompt}", AFTER_PROMPT, known))
     blocks += [pictures[name] for name in ("rollouts", "reconstructions") if name in pictures]
-    levels = len(set(metrics["clip_levels"]))
+    levels = len(set(metrics["clip_levels"][: metrics["num_clips"]]))
     text = f"On {metrics['num_clips']} clips of {levels} levels of the {metrics['split']} split, means over clips and "
     text += "frames; intervals count clips of one level as dependent."
     if "actions" in metrics:
@@ -227,7 +227,12 @@ def _sampling(metrics: Metrics, _: Pictures) -> Section | None:
         "sharpness": "sharpness over the real one",
     }
     rows = [
-        [row["order"], f"{row['temperature']:g}", str(row["steps"]), *(f"{row[key]:.3f}" for key in figures)]
+        [
+            row["order"],
+            f"{row['temperature']:g}",
+            str(row["steps"]),
+            *("not measured" if row[key] is None else f"{row[key]:.3f}" for key in figures),
+        ]
         for row in found
     ]
     blocks: list[Any] = [Table(["order", "temperature", "steps", *figures.values()], rows)]

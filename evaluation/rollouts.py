@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from evaluation.clips import in_batches, jitted, to_float, to_uint8
-from evaluation.fidelity import Compare, Scores, measure_fidelity
+from evaluation.fidelity import Compare, Scores, measure_fidelity, pooled_psnr
 from evaluation.measured import Measured
 from evaluation.stability import alike
-from evaluation.statistics import jackknife
 from models.genie import World
 from models.lam import LAM
 from models.sampling import SamplingConfig, next_frame, start_rollout
@@ -128,7 +127,7 @@ def measure_rollouts(
 def measure_changed(
     subject: str, predicted: np.ndarray, truth: np.ndarray, levels_B: np.ndarray | None = None
 ) -> Measured:
-    """PSNR on those pixels alone that change in truth, from each frame to the next, pooled over clips.
+    """PSNR of the clips' mean error on those pixels alone that change in truth, from each frame to the next.
 
     Args:
       predicted: The last frames of `truth`, which has at least one more before them.
@@ -137,13 +136,12 @@ def measure_changed(
     changed = np.stack(
         [~alike(truth[:, t - 1], truth[:, t]) for t in range(truth.shape[1] - S, truth.shape[1])], axis=1
     )
-    error = [
-        np.where(mask, np.square(a.astype(np.float32) - b).mean(axis=-1), 0).sum(dtype=np.float64)
-        for mask, a, b in zip(changed, predicted, truth[:, -S:], strict=True)
-    ]
-    psnr = lambda error_B, count_B: float(-10 * np.log10(max(error_B.sum() / max(count_B.sum(), 1) / 255**2, 1e-6)))
-    found = jackknife(psnr, np.array(error), changed.sum(axis=(1, 2, 3)), groups=levels_B)
-    return Measured(figures={f"{subject}_changed_psnr": found})
+    mse_B = np.full(len(truth), np.nan)  # of clips in which nothing changes
+    for i in np.flatnonzero(changed.any(axis=(1, 2, 3))):
+        error = np.square(predicted[i].astype(np.float32) - truth[i, -S:]).mean(axis=-1)
+        mse_B[i] = error[changed[i]].mean(dtype=np.float64) / 255**2
+    name = f"{subject}_changed"
+    return Measured({f"{name}_psnr": pooled_psnr(mse_B, levels_B)}, {f"{name}_mse": mse_B})
 
 
 def roll_lam(lam: LAM, truth: np.ndarray, actions: np.ndarray, batch_size: int) -> np.ndarray:

@@ -66,24 +66,30 @@ def difference(
     return Figure(b.mean - a.mean, b.mean - a.mean - half, b.mean - a.mean + half, min(a.n, b.n))
 
 
-def jackknife(statistic: Callable[..., float], *samples: np.ndarray, groups: np.ndarray | None = None) -> Figure:
+def jackknife(
+    statistic: Callable[..., float], *samples: np.ndarray, groups: Sequence[np.ndarray | None] | None = None
+) -> Figure:
     """A statistic of samples with rows 0 ... n - 1 each, and its interval, leaving out a part of the rows at a time.
 
     A bootstrap would draw rows twice, which flattens covariances and biases a Fréchet distance.
 
     Args:
-      groups: For each row a number; rows of a group are left out together, of all samples that have as many rows.
+      groups: For each sample a number for each row; rows of a group are left out together. By default, or where it is
+        None, each row is a group.
     """
     n = min(len(sample) for sample in samples)
     value = statistic(*samples)
-    parts = None if groups is None else np.unique(groups, return_inverse=True)[1]
-    g = min(GROUPS, n if parts is None else int(parts.max()) + 1)
+    of = [None] * len(samples) if groups is None else groups
+    rows = [
+        np.arange(len(x)) if k is None else np.unique(k, return_inverse=True)[1]
+        for x, k in zip(samples, of, strict=True)
+    ]
+    g = min(GROUPS, *(int(row.max(initial=-1)) + 1 for row in rows))
     if g < 2 or math.isnan(value):
         return Figure(value, math.nan, math.nan, n)
     rest = []
     for k in range(g):
-        rows = lambda m: parts if parts is not None and m == len(parts) else np.arange(m)
-        kept = [sample[rows(len(sample)) % g != k] for sample in samples]
+        kept = [sample[row % g != k] for sample, row in zip(samples, rows, strict=True)]
         rest.append(statistic(*kept))
     return _with_interval(value, float(np.std(rest) * (g - 1) ** 0.5), g - 1, n)
 

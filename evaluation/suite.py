@@ -103,7 +103,7 @@ class Bench(NamedTuple):
 def set_up(plan: Plan, source: ClipSource) -> Bench:
     """Reads the clips and the network of LPIPS."""
     plan = plan.with_defaults()
-    labelled = math.ceil(2 * LABELLED[-1] / (source.seq_len - 1))
+    labelled = 2 * math.ceil(LABELLED[-1] / max(source.seq_len - 2, 1))  # transitions that have one before them
     pool = choose_clips(source, max(2 * plan.num_clips, labelled), plan.seed)
     found = len(pool.frames_BTHWC)
     plan = dataclasses.replace(plan, num_clips=min(plan.num_clips, found), rollout_clips=min(plan.rollout_clips, found))
@@ -199,7 +199,7 @@ def measure_world(
     m, others = from_other_levels(bench.pool.levels_B, min(plan.fvd_clips, n))
     size = min(plan.batch_size, LARGEST_I3D_BATCH)
     sets = rollouts[:m], truth[:m], everything[others]
-    measured |= measure_distribution(*sets, load_i3d(), bench.lpips, size, levels[:m])
+    measured |= measure_distribution(*sets, load_i3d(), bench.lpips, size, (levels[:m], bench.pool.levels_B[others]))
 
     prompts = truth[: plan.batch_size, :1]
     video = np.concatenate([prompts, play(prompts, pressed)], axis=1)

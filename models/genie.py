@@ -23,7 +23,8 @@ from models.tokenizer import Tokenizer, TokenizerConfig
 
 CONFIG_VERSION = 1
 PARAMETERS = "parameters.npz"
-"""What an exported world (export.py) has in the place of checkpoints: its variables by path, in half precision."""
+"""What an exported world (export.py) has in the place of checkpoints: its variables by path, parameters in half
+precision."""
 
 DYNAMICS: dict[str, type[Dynamics]] = {"maskgit": MaskGIT, "causal": Causal}
 """The kinds of dynamics models, by `DynamicsConfig.kind`."""
@@ -148,6 +149,8 @@ def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | 
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))
     exported = Path(path) / PARAMETERS
+    if exported.is_file() and step is not None:
+        raise InputError(f"{path}: an exported world, which has no checkpoint of step {step}")
     values = _read_parameters(exported, target) if exported.is_file() else _restore(Path(path), target, step)
     nnx.replace_by_pure_dict(abstract, values)
     return nnx.merge(graphdef, abstract)
@@ -174,7 +177,7 @@ def _read_parameters(file: Path, target: Any) -> Any:
     try:
         with np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{file}: damaged ({_first_line(error)}); copy or export it again") from error
     leaves, tree = jax.tree.flatten_with_path(target)
     names = ["/".join(str(key.key) for key in path) for path, _ in leaves]
@@ -190,7 +193,7 @@ def _read_parameters(file: Path, target: Any) -> Any:
 
 
 def write_parameters(folder: Path, world: World) -> None:
-    """Writes `PARAMETERS`: all variables of a world, in half precision.
+    """Writes `PARAMETERS`: all variables of a world, the parameters in half precision.
 
     Raises:
       InputError: A value is beyond half precision's range.
@@ -199,7 +202,7 @@ def write_parameters(folder: Path, world: World) -> None:
     for path, value in nnx.to_flat_state(nnx.state(world)):
         array = np.asarray(value[...])
         name = "/".join(map(str, path))
-        if array.dtype == np.float32:
+        if isinstance(value, nnx.Param) and array.dtype == np.float32:
             with np.errstate(over="ignore"):
                 array = array.astype(np.float16)
             if not np.isfinite(array).all():

@@ -2,8 +2,14 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
+
+from utils.checkpoint import output_of
+
+STAY = "stay"
+"""What evaluation/buttons.py calls the action that does nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +29,9 @@ class Action:
 
 
 def read_actions(checkpoint: str, num_actions: int, names: tuple[str, ...] | None) -> list[Action]:
-    """Labels of a world's actions: those in its folder's action_labels.json, else `names` if they fit, else empty."""
-    file = Path(checkpoint) / "action_labels.json"
+    """Labels of a world's actions: those that evaluate.py has left, else `names` if they fit, else empty."""
+    folders = (Path(checkpoint), output_of(checkpoint))
+    file = next((found for folder in folders if (found := folder / "action_labels.json").is_file()), Path(checkpoint))
     try:
         if file.is_file():
             rows = json.loads(file.read_text())
@@ -34,7 +41,7 @@ def read_actions(checkpoint: str, num_actions: int, names: tuple[str, ...] | Non
     except (ValueError, TypeError, KeyError) as error:
         print(f"warning: {file} is left aside: {error!r}", file=sys.stderr)
     if names is not None and len(names) == num_actions:
-        return [Action(name) for name in names]
+        return [Action(name, true=name) for name in names]
     return [Action()] * num_actions
 
 
@@ -50,20 +57,28 @@ def idle_action(actions: list[Action], idle: str | None = None) -> int:
     Args:
       idle: What doing nothing is called in the dataset; None goes by what it is usually called.
     """
-    names = ("NONE", "NOOP", "NO-OP", "STAY") if idle is None else (idle.upper(),)
-    still = [action.name.upper() in names for action in actions]
-    return max(range(len(actions)), key=lambda i: (still[i], actions[i].count))
+    names = ("NONE", "NOOP", "NO-OP") if idle is None else (idle.upper(),)
+    # What was measured to do nothing counts more than what is called so.
+    still = [(action.name == STAY, action.name.upper() in names) for action in actions]
+    return max(range(len(actions)), key=lambda i: (*still[i], actions[i].count))
+
+
+def _way(action: Action) -> str:
+    """The name without speed and number."""
+    return re.sub(r"(, (SLOW|FAST)| \d+)$", "", action.name.upper())
 
 
 def matching_actions(ours: list[Action], theirs: list[Action], idle: str | None = None) -> list[int]:
     """For each of our actions the one of another world that does the same; `idle` is what doing nothing is called.
 
     Codes of two latent action models have nothing to do with each other, so names decide where both know them: the
-    same index if it has the name, else the most frequent of that name. Else the index decides.
+    same index if it has the name, else the most frequent of that name, or of that direction at another speed. Else the
+    index decides.
     """
     found = []
     for i, action in enumerate(ours):
-        same = [j for j, other in enumerate(theirs) if action.name and other.name == action.name]
+        same = [j for j, other in enumerate(theirs) if action.name and other.name.upper() == action.name.upper()]
+        same = same or [j for j, other in enumerate(theirs) if action.name and _way(other) == _way(action)]
         if i in same or (not same and i < len(theirs)):
             found.append(i)
         else:

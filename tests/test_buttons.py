@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.actions import ActionLabel, named
+from evaluation.actions import ActionLabel, with_names
 from evaluation.buttons import HELD_FRAMES, PROMPT_FRAMES, PROMPTS, direction, distinct, measure_buttons, shifts
 
 rng = np.random.default_rng(0)
@@ -73,9 +73,9 @@ def test_buttons_say_where_the_player_goes_when_the_camera_follows():
 
 
 def test_where_the_picture_stands_its_centre_counts():
-    moves = [(0, 0), (2, 0), (0, -1), (-1, 0)]
+    moves = [(-1, 0), (2, 0), (0, 0), (0, -1)]
     found = measure_buttons(standing(moves), prompts(centre=True), BETWEEN, 4).details["buttons"]
-    assert [button["name"] for button in found] == ["stay", "right", "down", "left"]
+    assert [button["name"] for button in found] == ["left", "right", "stay", "down"]
 
 
 def test_prompts_that_go_elsewhere_do_not_agree():
@@ -121,8 +121,8 @@ def test_names_are_distinct():
 def test_labels_take_the_measured_names():
     buttons = [{"name": "right"}, {"name": "stay"}]
     labels = [ActionLabel("RIGHT", "RIGHT", 0.5, 4), ActionLabel("", "", None, 0)]
-    assert named(labels, buttons, np.zeros((1, 1), int)) == [
+    assert with_names(labels, buttons, np.zeros((1, 1), int)) == [
         ActionLabel("right", "RIGHT", 0.5, 4),
         ActionLabel("stay", "", None, 0),
     ]
-    assert [x.count for x in named(None, buttons, np.array([[0, 1, 1]]))] == [1, 2]
+    assert [x.count for x in with_names(None, buttons, np.array([[0, 1, 1]]))] == [1, 2]

@@ -86,7 +86,7 @@ def test_clips_of_one_level_count_once():
     assert thrice.n == 27
     assert figure(np.repeat(values, 3)).low > alone.low  # which takes them for news
     np.testing.assert_allclose(
-        jackknife(lambda x: float(x.mean()), np.repeat(values, 3), groups=np.repeat(np.arange(9), 3))[:3], alone[:3]
+        jackknife(lambda x: float(x.mean()), np.repeat(values, 3), groups=[np.repeat(np.arange(9), 3)])[:3], alone[:3]
     )
     assert math.isnan(figure(values, np.zeros(9)).low)
     with_gaps = np.array([1.0, np.nan, 3.0, 5.0])
@@ -259,6 +259,8 @@ def test_what_changes_is_scored_alone():
     predicted[:, :, 4:] = 255  # wrong where nothing changes
     perfect = measure_changed("rollout", predicted, truth).figures["rollout_changed_psnr"]
     assert perfect.mean == pytest.approx(60)
+    nothing = np.repeat(truth[:, :1], 3, axis=1)
+    assert math.isnan(measure_changed("x", predicted, nothing).figures["x_changed_psnr"].mean)
     still = measure_changed("copy", np.zeros_like(predicted), truth).figures["copy_changed_psnr"]
     assert still.mean == pytest.approx(-20 * np.log10(100 / 255), abs=1e-4)
 
@@ -331,7 +333,7 @@ def test_perfect_latent_actions_are_understood_and_shuffled_ones_are_not():
     # What a code alone does not tell: whether the action went on or turned about.
     turned = (true[:, 1:] + true[:, :-1]) % 3
     both = meaning(true[:, 1:], turned).figures
-    assert both["action_accuracy_pair_1000"].mean == pytest.approx(1, abs=0.02) or both["latent_action_ami"].mean < 0.01
+    assert both["action_accuracy_pair_1000"].mean == pytest.approx(1)
     assert both["latent_action_pair_ami"].mean > 0.6 > 0.01 > abs(both["latent_action_ami"].mean)
     few = meaning(true[:8], true[:8])
     assert math.isnan(few.details["latent_actions"]["accuracy"]["1000"].mean)
@@ -502,6 +504,8 @@ def test_a_world_is_measured_twice_alike(trained, dataset, tmp_path):
         assert metrics["intervals"][name]["n"] >= 1
     assert set(metrics["intervals"]) <= set(table.METRICS)
     assert metrics["split"] == "val"
+    assert len(metrics["clip_levels"]) > metrics["num_clips"]
+    assert "rollout_psnr" in comparison(metrics, metrics)
     assert len(metrics["per_horizon"]["rollout_psnr"]["mean"]) == 5
     assert len(json.loads((trained["world"] / "action_labels.json").read_text())) == 3
     assert json.loads((a / "speed.json").read_text())["rollout_frames_per_second"] > 0

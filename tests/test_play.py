@@ -557,10 +557,15 @@ def test_labels_say_what_actions_do(tmp_path, capsys):
     rows = [{"name": "RIGHT", "share": 0.5, "count": 9}, {"name": "NONE", "share": 0.9, "count": 3}]
     (tmp_path / "action_labels.json").write_text(json.dumps(rows))
     actions = read_actions(str(tmp_path), 2, None)
-    assert actions == [Action("RIGHT", 0.5, 9), Action("NONE", 0.9, 3)]
+    assert actions == [Action("RIGHT", 0.5, 9, "RIGHT"), Action("NONE", 0.9, 3, "NONE")]
     assert idle_action(actions) == 1
     assert idle_action(actions, "right") == 0
     assert idle_action([Action("UP", 0.2, 4), Action("RIGHT", 0.9, 7)]) == 1
+    # What was measured to do nothing is idle, whatever the dataset calls that and however rarely it occurs.
+    measured = [Action("right, fast", 0.5, 90, "RIGHT"), Action("stay 2", 0.4, 9, "NONE"), Action("stay", 0.4, 3, "UP")]
+    assert idle_action(measured, "NONE") == 2
+    speeds = [Action("left"), Action("right, slow", count=3), Action("right", count=2), Action("stay")]
+    assert matching_actions([Action("RIGHT"), *measured, Action("left, fast")], speeds) == [2, 1, 3, 3, 0]
     # A label file that does not fit is said to be so, and left aside.
     assert read_actions(str(tmp_path), 3, None) == [Action()] * 3
     assert "2 labels for 3 actions" in capsys.readouterr().err

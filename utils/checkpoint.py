@@ -4,7 +4,7 @@
 <ckpt_dir>/<step>/model | optimizer | ema | meta          separate items, so that inference reads one of them
 
 An exported world (export.py) has parameters.npz and data/ in the place of the steps. Nothing is written into its
-folder: what would go into that of a training goes to runs/<name of the folder>.
+folder: what would go into that of a training goes to runs/worlds/<name of the folder>.
 """
 
 import dataclasses
@@ -75,6 +75,10 @@ def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[st
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
     }
     fields = json.loads(json.dumps(fields))
+    if is_exported(folder):
+        raise InputError(
+            f"`ckpt_dir` {folder}: holds an exported world, which cannot be trained on; choose another folder"
+        )
     if (folder / "config.json").exists():
         stored = read_config(folder)
         if stored["kind"] != kind:
@@ -123,8 +127,8 @@ def data_of(checkpoint: str | Path) -> str:
 
 def output_of(checkpoint: str | Path, name: str = "") -> Path:
     """Where what is made of a checkpoint goes by default: into its folder, but never into an exported world's."""
-    folder = Path("runs") / Path(checkpoint).resolve().name if is_exported(checkpoint) else Path(checkpoint)
-    return folder / name
+    exported = is_exported(checkpoint)
+    return (Path("runs/worlds") / Path(checkpoint).resolve().name if exported else Path(checkpoint)) / name
 
 
 RISING = ("psnr", "ssim", "accuracy", "usage", "margin")
