@@ -34,7 +34,7 @@ from models.genie import load, read_config, stored_sampling
 from models.nn import Compute
 from models.sampling import SamplingFlags
 from utils.checkpoint import data_of, output_of
-from utils.cli import run
+from utils.cli import run, set_up_jax
 from utils.data import ClipSource
 
 
@@ -69,7 +69,7 @@ def main(cfg: Config) -> None:
         print(comparison(*(read_metrics(path, "compare") for path in cfg.compare)))
         return
     began = time.perf_counter()
-    set_up_jax(cfg)
+    set_up_jax(cfg.compile_cache, cfg.deterministic)
     stored = read_config(cfg.checkpoint)
     kind, dtype = stored["kind"], cfg.dtype
     if dtype == "auto":
@@ -136,15 +136,6 @@ def main(cfg: Config) -> None:
     write_page(folder, title, sections(metrics, measured.pictures, speed if world else None))
     summarise(metrics)
     print(f"wrote {folder}/report.html, report.md, metrics.json and speed.json")
-
-
-def set_up_jax(cfg: Config) -> None:
-    """Before anything touches a device."""
-    if cfg.deterministic:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-    if cfg.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cfg.compile_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def open_clips(cfg: Config, stored: dict[str, Any], frame_shape: tuple[int, int, int]) -> ClipSource:

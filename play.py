@@ -9,7 +9,6 @@ up. Of requests that come faster than frames, the latest counts.
 
 import asyncio
 import dataclasses
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
@@ -26,7 +25,7 @@ from player.engine import Engine
 from player.game import MAX_STEPS, Game
 from player.server import check_address, serve
 from utils.checkpoint import data_of
-from utils.cli import run, with_flags
+from utils.cli import run, set_up_jax, with_flags
 from utils.data import ClipSource
 
 
@@ -107,9 +106,7 @@ def open_dataset(cfg: Config, checkpoint: str) -> tuple[ClipSource | None, str]:
 
 
 def main(cfg: Config) -> None:
-    if cfg.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cfg.compile_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    set_up_jax(cfg.compile_cache)
     check_address(cfg.host, cfg.port)
     asyncio.run(serve(load_game(cfg), cfg.host, cfg.port, cfg.open))
 

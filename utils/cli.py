@@ -51,6 +51,22 @@ def with_flags(error: Exception, config: Any) -> str:
     return re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), str(error))
 
 
+def set_up_jax(compile_cache: str, deterministic: bool = False) -> None:
+    """Sets up JAX, before anything touches a device.
+
+    Args:
+      compile_cache: Folder of compiled programs; empty for none.
+      deterministic: Only deterministic kernels on a GPU, not chosen by trial.
+    """
+    import jax  # not at the top: workers that record games start faster without it
+
+    if deterministic:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    if compile_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compile_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
 def keep_freed_memory() -> None:
     """Has malloc keep freed memory instead of giving it back to the system, where JAX computes on CPUs.
 

@@ -1,7 +1,6 @@
 """The clockwork of a training: restore, step, log, evaluate, save."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from models.errors import DivergenceError, InputError
 from models.nn import Compute
 from utils.checkpoint import CheckpointConfig, Checkpoints, write_config
+from utils.cli import set_up_jax
 from utils.data import Batch, ClipSource, batches, to_device
 from utils.logging import Console, Files, TensorBoard, Wandb, Writer, Writers
 from utils.optim import OptimConfig, make_optimizer, phases
@@ -100,11 +100,7 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
 
 def start(cfg: TrainConfig) -> None:
     """Sets up JAX as the flags say; before anything else touches a device."""
-    if cfg.deterministic:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-    if cfg.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cfg.compile_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    set_up_jax(cfg.compile_cache, cfg.deterministic)
     jax.config.update("jax_debug_nans", cfg.debug_nans)
     start_distributed(cfg.coordinator, cfg.num_processes, cfg.process_id)
 
