@@ -98,7 +98,7 @@ def main(cfg: Config) -> None:
         sampling = cfg.over(stored_sampling(cfg.checkpoint))
         play = Player(world, sampling, bench.plan.batch_size, cfg.seed)
         if lam:
-            buttons = measure_buttons(play, bench.pool.frames_BTHWC, actions, world.num_actions)
+            buttons = measure_buttons(play, bench.pool.frames_BTHWC, actions, world.num_actions, cfg.seed)
             measured |= buttons
             labels = with_names(labels, buttons.details["buttons"], actions)
         measured |= measure_world(bench, play, actions, reconstruction, labels)

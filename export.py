@@ -38,7 +38,7 @@ A world learned from video (Genie). From the project's folder:
     python sample.py --checkpoint {out}
 
 {note}Frames of {shape} pixels, {fps:g} a second, of {environment}; {num_actions} actions. The world sees {window}
-frames at once and is sampled in {sampling.steps} steps ({sampling.order} order, temperature {sampling.temperature:g}).
+frames at once; steps per frame: {sampling.steps}, order: {sampling.order}, temperature: {sampling.temperature:g}.
 {num_clips} validation clips lie in `data/`.
 
 {parts}

@@ -95,7 +95,12 @@ PRESETS = {
     ),
     "tiny": TINY,
     "small": dataclasses.replace(
-        TINY, model=dataclasses.replace(TINY.model, num_blocks=4), batch_size=4, num_steps=8000, decay_steps=4000
+        TINY,
+        model=dataclasses.replace(TINY.model, num_blocks=4),
+        sampling=SamplingConfig(steps=1, temperature=0.5),
+        batch_size=4,
+        num_steps=9500,
+        decay_steps=4000,
     ),
     "bench": Config(
         model=DynamicsConfig(width=128, num_heads=4, num_blocks=6),
@@ -105,9 +110,7 @@ PRESETS = {
 }
 """coinrun: the paper's, Appendix F; not run on a GPU yet.
 moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has run it.
-tiny: what `make demo` runs, `python train_dynamics.py --preset tiny`, from its tokenizer and LAM.
-small: twice as deep and trained for longer, from the others' small ones, as for worlds/coinrun-small.
-bench: for benchmarks/ only.
+tiny: what `make demo` runs. small: deeper and trained for longer, as for worlds/coinrun-small. bench: for benchmarks/.
 """
 
 

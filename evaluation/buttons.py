@@ -1,8 +1,9 @@
 """Buttons: what each action does in a world, by measured shifts, and a name that says so.
 
-From held-out prompts each action is held for a few frames. What counts is how the picture shifts, and what is at its
-centre, in comparison to the idle action from the same prompt. A camera that follows the player shows its steps as
-shifts of the picture the other way; where the picture stands, what is at the centre moves.
+Each action is held for a few frames, from held-out prompts after which the LAM saw that very action: who stands at a
+wall could not show what a step to it does. What counts is how the picture shifts, and what is at its centre, in
+comparison to the idle action from the same prompt. A camera that follows the player shows its steps as shifts of the
+picture the other way; where the picture stands, what is at the centre moves.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from evaluation.measured import Measured
 from evaluation.rollouts import Play
 
 PROMPTS, PROMPT_FRAMES, HELD_FRAMES = 20, 4, 4
+IDLE_PAIRS = 60  # steps of each action by which the idle one is found
 STILL = 0.5  # pixels per frame: who moves less stays
 BETTER = 0.98  # of the best error so far: a longer shift must reach it, so that flat pictures do not shift
 
@@ -22,32 +24,63 @@ class Button(NamedTuple):
     """What an action does.
 
     right, up: Pixels per frame by which the player moves more than under the idle action, mean over prompts.
-    agree: In so many of the prompts the named direction is the larger one and has its sign.
+    agree: In so many of the `prompts` the named direction is the larger one and has its sign.
     """
 
     name: str
     right: float
     up: float
     agree: int
+    prompts: int
 
 
-def measure_buttons(play: Play, frames: np.ndarray, actions: np.ndarray, num_actions: int) -> Measured:
+def measure_buttons(play: Play, frames: np.ndarray, actions: np.ndarray, num_actions: int, seed: int = 0) -> Measured:
     """Holds each action, and names it.
 
     Args:
-      frames: (B, T, H, W, C), of which the first `PROMPT_FRAMES` prompt; actions: (B, Tm1), those between them.
+      frames: (B, T, H, W, C); actions: (B, Tm1), those between them.
+      seed: Of the choice of prompts.
     Returns:
-      `buttons` and `button_prompts` in the details; no two names are alike.
+      `buttons` in the details; no two names are alike.
     """
-    n = min(PROMPTS, len(frames))
-    prompts, between = frames[:n, :PROMPT_FRAMES], actions[:n, : PROMPT_FRAMES - 1]
-    picture, centre = np.empty((2, num_actions, n, 2))
+    idle = _idle(frames, actions, num_actions)
+    moves = []
     for a in range(num_actions):
-        held = np.concatenate([between, np.full((n, HELD_FRAMES), a)], axis=1)
-        video = np.concatenate([prompts[:, -1:], play(prompts, held)], axis=1)
-        picture[a], centre[a] = _per_frame(video)
-    buttons = [button._asdict() for button in name_buttons(picture, centre)]
-    return Measured(details={"button_prompts": n, "buttons": buttons})
+        prompts, between = _prompts(frames, actions, a, seed)
+        (picture, centre), still = (
+            _per_frame(np.concatenate([prompts[:, -1:], play(prompts, held)], axis=1))
+            for held in (np.pad(between, ((0, 0), (0, HELD_FRAMES)), constant_values=x) for x in (a, idle))
+        )
+        # To the right and up, of the player: against the picture's motion, and with the centre's.
+        by_picture, by_centre = (picture - still[0]) * (-1, 1), (centre - still[1]) * (1, -1)
+        scrolls = np.linalg.norm(by_picture.mean(axis=0)) >= STILL
+        moves.append(by_picture if scrolls else by_centre)
+    return Measured(details={"buttons": [button._asdict() for button in name_buttons(moves)]})
+
+
+def _prompts(frames: np.ndarray, actions: np.ndarray, action: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts after which an action followed, of different clips as far as there are, and the actions within them."""
+    length = min(PROMPT_FRAMES, frames.shape[1] - 1)
+    rng = np.random.default_rng(seed)
+    clips, times = rng.permutation(np.argwhere(actions[:, length - 1 :] == action)).reshape(-1, 2).T
+    if not len(clips):  # it never occurs: any prompt will do
+        clips, times = np.arange(len(frames)), np.zeros(len(frames), int)
+    turns = [int((clips[:i] == clip).sum()) for i, clip in enumerate(clips)]
+    chosen = np.argsort(turns, kind="stable")[:PROMPTS]
+    cut = lambda of, n: np.stack([of[clips[i], times[i] : times[i] + n] for i in chosen])
+    return cut(frames, length), cut(actions, length - 1)
+
+
+def _idle(frames: np.ndarray, actions: np.ndarray, num_actions: int) -> int:
+    """The action after which least moves in truth: the picture, or, where a camera stands, what is at its centre."""
+    pairs = np.stack([frames[:, :-1], frames[:, 1:]], axis=2).reshape(-1, 2, *frames.shape[2:])
+    flat, lengths = actions.reshape(-1), np.full((2, num_actions), np.inf)
+    for a in range(num_actions):
+        found = pairs[np.flatnonzero(flat == a)[:IDLE_PAIRS]]
+        if len(found):
+            lengths[:, a] = [np.linalg.norm(x, axis=1).mean() for x in _per_frame(found)]
+    picture, centre = lengths
+    return int(np.where(picture < picture.min() + STILL / 2, centre, np.inf).argmin())
 
 
 def _per_frame(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -76,31 +109,22 @@ def shifts(before_NHW: np.ndarray, after_NHW: np.ndarray, reach: int, box: tuple
     return found
 
 
-def name_buttons(picture_ABx: np.ndarray, centre_ABx: np.ndarray) -> list[Button]:
-    """The buttons, from shifts (A, B, 2) per frame, to the right and down, of the picture and of its centre."""
-    length = lambda shifts_ABx: np.linalg.norm(shifts_ABx, axis=-1).mean(axis=1)
-    # Of those that leave the picture standing, as all do under a fixed camera, the one that moves its centre least.
-    standing = length(picture_ABx) < length(picture_ABx).min() + STILL
-    idle = np.where(standing, length(centre_ABx), np.inf).argmin()
-    # To the right and up, of the player: against the picture's motion, and with the centre's.
-    by_picture = (picture_ABx - picture_ABx[idle]) * (-1, 1)
-    by_centre = (centre_ABx - centre_ABx[idle]) * (1, -1)
-    moves, agrees = [], []
-    for of_picture, of_centre in zip(by_picture, by_centre, strict=True):
-        scrolls = np.linalg.norm(of_picture.mean(axis=0)) >= STILL
-        motion_Bx = of_picture if scrolls else of_centre
+def name_buttons(moves: Sequence[np.ndarray]) -> list[Button]:
+    """The buttons, from the motion (prompts, 2) of the player under each, to the right and up, per frame."""
+    means, agrees = [], []
+    for motion_Bx in moves:
         mean = motion_Bx.mean(axis=0)
         main = np.abs(mean).argmax()
         if np.linalg.norm(mean) < STILL:
             agree = np.linalg.norm(motion_Bx, axis=1) < 2 * STILL
         else:
             agree = (np.abs(motion_Bx).argmax(axis=1) == main) & (motion_Bx[:, main] * mean[main] > 0)
-        moves.append(mean)
+        means.append(mean)
         agrees.append(int(agree.sum()))
-    names = distinct([direction(*move) for move in moves], [float(np.linalg.norm(move)) for move in moves])
+    names = distinct([direction(*mean) for mean in means], [float(np.linalg.norm(mean)) for mean in means])
     return [
-        Button(name, float(right), float(up), agree)
-        for name, (right, up), agree in zip(names, moves, agrees, strict=True)
+        Button(name, float(right), float(up), agree, len(motion_Bx))
+        for name, (right, up), agree, motion_Bx in zip(names, means, agrees, moves, strict=True)
     ]
 
 

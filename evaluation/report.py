@@ -132,16 +132,15 @@ def _buttons(metrics: Metrics, _: Pictures) -> Section | None:
     found = metrics.get("buttons")
     if not found:
         return None
-    n = metrics["button_prompts"]
     rows = [
-        [f"action {i}", b["name"], f"{b['right']:+.2f}", f"{b['up']:+.2f}", f"{b['agree']} of {n}"]
+        [f"action {i}", b["name"], f"{b['right']:+.2f}", f"{b['up']:+.2f}", f"{b['agree']} of {b['prompts']}"]
         for i, b in enumerate(found)
     ]
     header = ["", "name", "to the right, pixels per frame", "up, pixels per frame", "prompts that agree"]
     text = (
-        f"How the player moves while an action is held, in comparison to the idle one, from {n} prompts: by the "
-        "picture's shift the other way, or, where the picture stands, by that of what is at its centre. A prompt "
-        "agrees if the named direction is the larger one and has its sign."
+        "How the player moves while an action is held, in comparison to the idle one, from prompts after which the LAM "
+        "saw that action: by the picture's shift the other way, or, where the picture stands, by that of what is at "
+        "its centre. A prompt agrees if the named direction is the larger one and has its sign."
     )
     return Section("Buttons", text, [Table(header, rows)])
 

@@ -12,89 +12,107 @@ LEVELS = rng.integers(0, 256, (PROMPTS, 160, 160, 3)).astype(np.uint8)
 # A little smooth, as pictures are.
 LEVELS = ((LEVELS.astype(np.uint16) + np.roll(LEVELS, 1, 1) + np.roll(LEVELS, 1, 2)) // 3).astype(np.uint8)
 START = (48, 48)
-BETWEEN = np.zeros((PROMPTS, PROMPT_FRAMES - 1), int)
 
 
-def view(level, right, down):
+def view(level, right=0, down=0):
     """What a camera sees of a level."""
     y, x = START[0] + down, START[1] + right
     return level[y : y + SIZE, x : x + SIZE]
 
 
-def scrolling(moves):
-    """A world in which an action moves the player, whom the camera follows, by (right, up) pixels a frame."""
+def scrolled(level, right, up):
+    """Of a world whose camera follows the player, who has moved so far."""
+    return view(level, right, -up)
+
+
+def standing(level, right, up):
+    """Of a world whose picture stands, with something at its centre that has moved so far."""
+    frame, c = view(level).copy(), SIZE // 2 - 6
+    frame[c - up : c - up + 12, c + right : c + right + 12] = level[:12, :12]
+    return frame
+
+
+def world(show, moves, blocked=()):
+    """Clips in which each action is taken, after frames in which nothing is done, and the function that plays on.
+
+    Each action moves the player by (right, up) pixels a frame, but in the levels `blocked` none does.
+    """
+    idle = moves.index(min(moves, key=lambda move: abs(move[0]) + abs(move[1])))
+    fall = moves[idle]
+    frames, actions = [], []
+    for a, (right, up) in enumerate(moves):
+        for level in LEVELS:
+            frames.append([show(level, fall[0] * t, fall[1] * t) for t in range(PROMPT_FRAMES)])
+            last = fall[0] * (PROMPT_FRAMES - 1), fall[1] * (PROMPT_FRAMES - 1)
+            frames[-1].append(show(level, last[0] + right, last[1] + up))
+            actions.append([idle] * (PROMPT_FRAMES - 1) + [a])
 
     def play(prompt, actions):
         assert prompt.shape[1] == PROMPT_FRAMES
-        held = actions[:, -HELD_FRAMES:]
-        video = [
-            [view(level, moves[a][0] * (t + 1), -moves[a][1] * (t + 1)) for t, a in enumerate(row)]
-            for level, row in zip(LEVELS, held, strict=True)
-        ]
+        video = []
+        for clip, row in zip(prompt, actions[:, -HELD_FRAMES:], strict=True):
+            [b] = [b for b, level in enumerate(LEVELS) if (clip[0] == show(level, 0, 0)).all()]
+            x, y = fall[0] * (PROMPT_FRAMES - 1), fall[1] * (PROMPT_FRAMES - 1)
+            video.append([])
+            for a in row:
+                x, y = (x, y) if b in blocked else (x + moves[a][0], y + moves[a][1])
+                video[-1].append(show(LEVELS[b], x, y))
         return np.array(video)
 
-    return play
+    return play, np.array(frames), np.array(actions), len(moves)
 
 
-def standing(moves):
-    """A world whose picture stands, with something at its centre that moves."""
-
-    def play(prompt, actions):
-        video = np.repeat(prompt[:, -1:], HELD_FRAMES, axis=1)
-        for b, row in enumerate(actions[:, -HELD_FRAMES:]):
-            for t, a in enumerate(row):
-                x, y = (SIZE // 2 - 6 + moves[a][0] * (t + 1), SIZE // 2 - 6 - moves[a][1] * (t + 1))
-                video[b, t] = view(LEVELS[b], 0, 0)
-                video[b, t, y : y + 12, x : x + 12] = LEVELS[b, :12, :12]
-        return video
-
-    return play
-
-
-def prompts(centre=False):
-    frames = np.stack([[view(level, 0, 0)] * PROMPT_FRAMES for level in LEVELS])
-    if centre:
-        c = SIZE // 2 - 6
-        frames[:, :, c : c + 12, c : c + 12] = LEVELS[:, None, :12, :12]
-    return frames
+def names_of(*args):
+    return [button["name"] for button in measure_buttons(*world(*args)).details["buttons"]]
 
 
 MOVES = [(1, 0), (0, 0), (-3, 0), (4, 0), (0, 2), (3, -1), (2, 0)]
 
 
 def test_buttons_say_where_the_player_goes_when_the_camera_follows():
-    found = measure_buttons(scrolling(MOVES), prompts(), BETWEEN, len(MOVES)).details
-    names = [button["name"] for button in found["buttons"]]
+    found = measure_buttons(*world(scrolled, MOVES)).details["buttons"]
+    names = [button["name"] for button in found]
     assert names == ["right, slow", "stay", "left", "right, fast", "up", "right, down", "right"]
-    assert found["button_prompts"] == PROMPTS
-    for button, move in zip(found["buttons"], MOVES, strict=True):
+    for button, move in zip(found, MOVES, strict=True):
         assert (button["right"], button["up"]) == pytest.approx(move)
-        assert button["agree"] == PROMPTS
+        assert button["agree"] == button["prompts"] == PROMPTS
 
 
 def test_where_the_picture_stands_its_centre_counts():
-    moves = [(-1, 0), (2, 0), (0, 0), (0, -1)]
-    found = measure_buttons(standing(moves), prompts(centre=True), BETWEEN, 4).details["buttons"]
-    assert [button["name"] for button in found] == ["left", "right", "stay", "down"]
+    assert names_of(standing, [(-1, 0), (2, 0), (0, 0), (0, -1)]) == ["left", "right", "stay", "down"]
 
 
 def test_prompts_that_go_elsewhere_do_not_agree():
-    right = scrolling([(0, 0), (3, 0)])
-
-    def play(prompt, actions):
-        video = right(prompt, actions)
-        video[:5] = prompt[:5, -1:]  # at a wall, say
-        return video
-
-    button = measure_buttons(play, prompts(), BETWEEN, 2).details["buttons"][1]
+    play, frames, actions, n = world(scrolled, [(0, 0), (3, 0)], range(5))
+    button = measure_buttons(play, frames, actions, n).details["buttons"][1]
     assert button["name"] == "right"
     assert button["agree"] == PROMPTS - 5
 
 
 def test_motion_counts_against_the_idle_action():
     """A world that falls whatever is pressed: falling is no action's doing."""
-    found = measure_buttons(scrolling([(0, -1), (2, -1), (0, 2)]), prompts(), BETWEEN, 3).details["buttons"]
-    assert [button["name"] for button in found] == ["stay", "right", "up"]
+    assert names_of(scrolled, [(2, -1), (0, -1), (0, 3)]) == ["right", "stay", "up"]
+
+
+def test_prompts_are_those_after_which_the_action_followed():
+    _, frames, actions, n = world(scrolled, MOVES)
+    asked = []
+
+    def play(prompt, held):
+        asked.append((prompt, held))
+        return np.repeat(prompt[:, -1:], HELD_FRAMES, axis=1)
+
+    # The action 3 occurs in three clips only, 4 in none, and in the first clip 2 comes earlier.
+    actions[actions == 4] = 1
+    actions[np.flatnonzero(actions[:, -1] == 3)[3:], -1] = 1
+    measure_buttons(play, frames, actions, n)
+    assert [len(prompt) for prompt, _ in asked[::2]] == [PROMPTS] * 3 + [3] + [PROMPTS] * 3
+    for a in (0, 2, 3):
+        for prompt, _ in zip(*asked[2 * a], strict=True):
+            after = [row for clip, row in zip(frames, actions, strict=True) if (clip[:PROMPT_FRAMES] == prompt).all()]
+            assert any(row[PROMPT_FRAMES - 1] == a for row in after)
+        np.testing.assert_array_equal(asked[2 * a][1][:, -HELD_FRAMES:], a)
+        np.testing.assert_array_equal(asked[2 * a + 1][1][:, -HELD_FRAMES:], 1)
 
 
 def test_shifts_are_found_and_flat_pictures_do_not_shift():
