@@ -15,6 +15,8 @@ import play
 import sample
 from models.errors import InputError
 from models.genie import PARAMETERS, load_world, read_config
+from player.actions import read_actions
+from tests.conftest import ROOT
 from utils.checkpoint import data_of, output_of
 from utils.data import ClipSource
 
@@ -132,6 +134,18 @@ def test_damaged_parameters_are_refused_in_one_line(exported, tmp_path):
     assert zipfile.is_zipfile(exported / PARAMETERS)
     with pytest.raises(InputError, match="no checkpoint of step 3"):
         load_world(exported, step=3)
+
+
+def test_the_world_that_comes_along_is_whole_and_small():
+    world = ROOT / "worlds" / "coinrun-small"
+    assert sum(file.stat().st_size for file in world.rglob("*") if file.is_file()) < 8e6
+    source = ClipSource(data_of(world), "val", 32)
+    assert len(source) == 16
+    loaded = load_world(world)
+    names = [action.name for action in read_actions(str(world), loaded.num_actions, None)]
+    assert {"left", "right", "up", "stay"} <= set(names)
+    assert len(set(names)) == loaded.num_actions
+    assert source.metadata.frame_shape == loaded.cfg.tokenizer.frame_shape
 
 
 def test_an_exported_world_is_not_trained_on(exported, trained):
