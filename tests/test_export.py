@@ -14,10 +14,10 @@ import export
 import play
 import sample
 from models.errors import InputError
-from models.genie import PARAMETERS, load_world, read_config
+from models.genie import PARAMETERS, load_world, read_config, write_parameters
 from player.actions import read_actions
 from tests.conftest import ROOT
-from utils.checkpoint import data_of, output_of
+from utils.checkpoint import data_of, output_of, write_config
 from utils.data import ClipSource
 
 LABELS = [{"name": "LEFT", "true": "L", "share": 0.5, "count": 4}] * 3
@@ -149,8 +149,6 @@ def test_the_world_that_comes_along_is_whole_and_small():
 
 
 def test_an_exported_world_is_not_trained_on(exported, trained):
-    from utils.checkpoint import write_config
-
     with pytest.raises(InputError, match="exported world"):
         write_config(exported, "world", load_world(exported).cfg, export.Config(run="a", out="b"))
 
@@ -165,8 +163,6 @@ def test_figures_measured_otherwise_are_not_put_on_the_card(trained, tmp_path):
 
 
 def test_values_beyond_half_precision_are_refused(trained, tmp_path):
-    from models.genie import write_parameters
-
     world = load_world(trained["world"])
     world.dynamics = jax.tree.map(lambda x: x * 1e6 if x.dtype == np.float32 else x, world.dynamics)
     with pytest.raises(InputError, match="beyond half precision"):
