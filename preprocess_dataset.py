@@ -23,6 +23,8 @@ class Config(ConversionOptions):
 
     output_dir: str = "data/coinrun"
     """Dataset to write; must not exist yet."""
+    allow_skips: bool = False
+    """End with status 0 even if more than half of the sources were skipped."""
     num_workers: int = 4
     """Processes that convert files; 0 converts in this one. The dataset is the same for any number."""
 
@@ -63,6 +65,11 @@ def report(config: Config, metadata: Metadata) -> None:
         f"clips ({', '.join(f'{split} {clips[split]}' for split in SPLITS)}), {frames} frames of {height}×{width} at "
         f"{metadata.fps:g} per second"
     )
+    if 2 * num_skipped > num_sources and not config.allow_skips:
+        raise InputError(
+            f"{num_skipped} of {num_sources} sources were skipped, more than half, for the reasons above; the dataset "
+            "is written from the others (`allow_skips` takes this for a success)"
+        )
 
 
 if __name__ == "__main__":

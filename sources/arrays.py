@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 
 from models.errors import InputError
-from sources.kind import Episode, Header, Kind, files_ending
+from sources.kind import Episode, Header, Kind, episode_starts, files_ending, separated
 
 ARRAY_SUFFIXES = (".npy", ".npz")
-FRAME_KEYS = ("frames", "observations", "video", "arr_0")  # where an .npz holds its frames, in order of preference
+# What the arrays of an .npz are called, in order of preference: by Gymnasium, D4RL, Dreamer and others.
+FRAME_KEYS = ("frames", "observations", "video", "arr_0")
+ACTION_KEYS = ("actions", "action")
+REWARD_KEYS = ("rewards", "reward")
+LAST_KEYS = (  # true where an episode ends with this frame
+    *("dones", "done", "terminals", "terminal", "terminated", "terminations"),
+    *("truncated", "truncations", "timeouts", "is_last", "is_terminal"),
+)
+FIRST_KEYS = ("is_first",)  # true where one starts with it
 MAX_ACTIONS = 4096  # a larger number in `actions` is not the index of a discrete action
 
 # What reading a damaged .npy or .npz raises.
@@ -30,10 +38,11 @@ _DAMAGED = (
 
 
 class Arrays(Kind):
-    """Frames (T, H, W, 3) or (T, H, W, 1), uint8 or floats in [0, 1]; .npz may hold `actions` and `rewards` too."""
+    """Frames (T, H, W, 3) or (T, H, W, 1), uint8 or floats in [0, 1]; .npz may hold actions, rewards and ends too."""
 
     name = "npy"
     plural = "arrays"
+    suffixes = ARRAY_SUFFIXES
 
     def detect(self, folder: Path, names: Sequence[str]) -> list[Path]:
         if "metadata.npy" in names:
@@ -44,33 +53,70 @@ class Arrays(Kind):
     def header(self, path: Path) -> Header:
         key, names = _frames_key(path)
         num_frames, height, width, _ = _array_shape(path, key)
-        return Header(num_frames, height, width, has_actions="actions" in names)
+        action, reward = _first_of(ACTION_KEYS, names), _first_of(REWARD_KEYS, names)
+        unused = sorted(names - {key, action, reward, *LAST_KEYS, *FIRST_KEYS})
+        remarks = (f"hold {', '.join(unused)}, which is not used",) if unused else ()
+        return Header(num_frames, height, width, has_actions=action is not None, remarks=remarks)
 
     def open(self, path: Path, fps: Fraction) -> Episode:
         """Opens an episode: a .npy is mapped, an .npz is read at once."""
         key, names = _frames_key(path)
         num_frames = _array_shape(path, key)[0]
+        action, reward = _first_of(ACTION_KEYS, names), _first_of(REWARD_KEYS, names)
+        starts = set(episode_starts(path))
         try:
             if key is None:
-                return Episode(_rgb_frames(path, np.load(path, mmap_mode="r", allow_pickle=False)))
+                frames = np.load(path, mmap_mode="r", allow_pickle=False)
+                return Episode(separated(_rgb_frames(path, frames), sorted(starts)))
+            wanted = {key, action, reward, *LAST_KEYS, *FIRST_KEYS} & names
             with np.load(path, allow_pickle=False) as archive:
-                frames, given = archive[key], {name: archive[name] for name in ("actions", "rewards") if name in names}
+                given = {name: archive[name] for name in wanted if name}
         except _DAMAGED as error:
             raise InputError(f"{path}: cannot be read ({error})") from error
-        actions = _per_frame(path, "actions", given.get("actions"), num_frames)
-        rewards = _per_frame(path, "rewards", given.get("rewards"), num_frames)
-        if actions is not None and not (
-            actions.dtype.kind in "iu" and actions.min() >= 0 and actions.max() < MAX_ACTIONS
-        ):
-            raise InputError(
-                f"{path}: actions are {actions.dtype} from {actions.min()} to {actions.max()}; expected whole "
-                f"numbers from 0 to {MAX_ACTIONS - 1}, one for each discrete action"
-            )
+        for name in given.keys() & {*LAST_KEYS, *FIRST_KEYS}:
+            marked = np.flatnonzero(_per_frame(path, name, given[name], num_frames))
+            starts |= set((marked + 1 if name in LAST_KEYS else marked).tolist())
+        actions = _discrete(path, action, given[action], num_frames, starts) if action else None
+        rewards = _per_frame(path, reward, given[reward], num_frames) if reward else None
+        short = {
+            "actions": actions is not None and len(given[action]) < num_frames,  # type: ignore[index]
+            "rewards": rewards is not None and len(given[reward]) < num_frames,  # type: ignore[index]
+        }
         return Episode(
-            _rgb_frames(path, frames),
-            None if actions is None else actions.astype(np.int32),
+            separated(_rgb_frames(path, given[key]), sorted(starts)),
+            actions,
             None if rewards is None else rewards.astype(np.float32),
+            between=frozenset(name for name in short if short[name]),
         )
+
+
+def _first_of(keys: Sequence[str], names: set[str]) -> str | None:
+    return next((key for key in keys if key in names), None)
+
+
+def _discrete(path: Path, name: str, values: np.ndarray, num_frames: int, starts: set[int]) -> np.ndarray:
+    """Actions (T,) or (T, 1), whole numbers, or (T, A), one-hot, as int32 from 0.
+
+    Args:
+      starts: Frames with which an episode starts; in Dreamer's files the action that led there is a row of zeros.
+    """
+    if values.ndim == 2 and values.shape[1] > 1 and values.dtype.kind in "iufb":
+        is_none = np.logical_not(values.any(axis=1, keepdims=True))[:, 0]
+        is_none[[0, *(start for start in starts if start < len(values))]] = False
+        one_hot = np.isin(values, (0, 1)).all() and (values.sum(axis=1) <= 1).all() and not is_none.any()
+        if not one_hot:
+            raise InputError(
+                f"{path}: {name} have shape {values.shape} and are not one-hot; expected one discrete action per frame"
+            )
+        values = values.argmax(axis=1)
+    actions = _per_frame(path, name, values, num_frames)
+    whole = actions.dtype.kind in "iub" or (np.isfinite(actions).all() and (actions == np.rint(actions)).all())
+    if not (whole and actions.min() >= 0 and actions.max() < MAX_ACTIONS):
+        raise InputError(
+            f"{path}: {name} are {actions.dtype} from {actions.min()} to {actions.max()}; expected whole "
+            f"numbers from 0 to {MAX_ACTIONS - 1}, one for each discrete action"
+        )
+    return actions.astype(np.int32)
 
 
 def _frames_key(path: Path) -> tuple[str | None, set[str]]:
@@ -131,10 +177,8 @@ def _rgb_frames(path: Path, frames_THWC: np.ndarray) -> Iterator[np.ndarray]:
         yield frame.repeat(3, axis=-1) if frame.shape[-1] == 1 else frame
 
 
-def _per_frame(path: Path, name: str, values: np.ndarray | None, num_frames: int) -> np.ndarray | None:
+def _per_frame(path: Path, name: str, values: np.ndarray, num_frames: int) -> np.ndarray:
     """One value per frame; a missing last one becomes 0."""
-    if values is None:
-        return None
     if values.dtype.kind not in "iufb":
         raise InputError(f"{path}: {name} are {values.dtype}; expected numbers")
     if values.ndim == 2 and values.shape[1] == 1:

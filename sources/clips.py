@@ -1,6 +1,6 @@
 """From episodes to clips to shards: what a worker of `sources/convert.py` does."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models.errors import InputError
-from sources.kind import Kind
+from sources.kind import DamageError, Kind, naming
 from utils.records import Clip, Shard, write_shard
 from utils.video import resize
 
@@ -27,13 +27,17 @@ class Source:
 
 
 class Form(NamedTuple):
-    """What all clips of the dataset have in common, and how episodes become clips."""
+    """What all clips of the dataset have in common, and how episodes become clips.
+
+    actions_lead_to: Whether sources give with a frame the action that led to it, not the one that leads on.
+    """
 
     height: int
     width: int
     resizes: bool
     fps: Fraction
     has_actions: bool
+    actions_lead_to: bool
     clip_length: int
     min_clip_length: int
 
@@ -54,10 +58,15 @@ class Task(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """What became of a task: its shards, the reasons for skipping sources, and the number of actions seen."""
+    """What became of a task: its shards, the number of actions seen, and what went wrong.
+
+    skipped: The reasons for skipping sources.
+    damaged: Of which sources the end was left out, and why.
+    """
 
     shards: list[Shard]
     skipped: list[str]
+    damaged: list[str]
     num_actions: int
 
 
@@ -68,6 +77,7 @@ def convert_task(task: Task) -> Converted:
     """
     shards: list[Shard] = []
     skipped: list[str] = []
+    damaged: list[str] = []
     finished: list[Clip] = []  # of sources that have been read to their end
     num_actions = 0
 
@@ -79,9 +89,10 @@ def convert_task(task: Task) -> Converted:
     clips_per_shard = max(1, task.shard_bytes // (task.form.clip_length * task.form.height * task.form.width * 3))
     for source in task.sources:
         clips: list[Clip] = []
+        notes: list[str] = []
         num_own_shards = largest_action = 0
         try:
-            for clip in read_clips(source, task.form):
+            for clip in read_clips(source, task.form, None if task.strict else notes):
                 clips.append(clip)
                 if clip.actions_T is not None:
                     largest_action = max(largest_action, int(clip.actions_T.max()))
@@ -101,45 +112,85 @@ def convert_task(task: Task) -> Converted:
                 break
         else:
             finished += clips
+            damaged += notes
             num_actions = max(num_actions, largest_action + 1)
     if finished:
         write(finished)
-    return Converted(shards, skipped, num_actions)
+    return Converted(shards, skipped, damaged, num_actions)
 
 
-def read_clips(source: Source, form: Form) -> Iterator[Clip]:
-    """Cuts an episode into clips that follow one another.
+def read_clips(source: Source, form: Form, damaged: list[str] | None = None) -> Iterator[Clip]:
+    """Cuts an episode, or those that follow one another in a file, into clips that follow one another.
+
+    Args:
+      damaged: Takes the reason why the rest of a source is left out; None raises it.
 
     Raises:
       InputError: The source cannot be read, has frames of another size, or is too short for a clip.
     """
-    episode = source.kind.open(source.path, form.fps)
+    with naming(source.path):
+        episode = source.kind.open(source.path, form.fps)
+    actions = _aligned(episode.actions_T, form, "actions" in episode.between) if form.has_actions else None
+    rewards = _aligned(episode.rewards_T, form, "rewards" in episode.between)
     frames: list[np.ndarray] = []
     count = 0
+    has_clips = False
 
     def clip() -> Clip:
         span = slice(count - len(frames), count)
         return Clip(
             frames_THWC=np.stack(frames),
             clip_id=f"{source.name}/{span.start:06d}",
-            actions_T=episode.actions_T[span] if form.has_actions and episode.actions_T is not None else None,
-            rewards_T=None if episode.rewards_T is None else episode.rewards_T[span],
+            actions_T=None if actions is None else actions[span],
+            rewards_T=None if rewards is None else rewards[span],
         )
 
-    for frame in episode.frames:
-        if form.resizes:
-            frame = resize(frame[None], form.height, form.width)[0]
-        elif frame.shape[:2] != (form.height, form.width):
-            raise InputError(wrong_size(source, frame.shape[:2], (form.height, form.width)))
-        frames.append(frame)
-        count += 1
-        if len(frames) == form.clip_length:
+    for frame in _frames(source, episode.frames, damaged):
+        if frame is not None:
+            if form.resizes:
+                frame = resize(frame[None], form.height, form.width)[0]
+            elif frame.shape[:2] != (form.height, form.width):
+                raise InputError(wrong_size(source, frame.shape[:2], (form.height, form.width)))
+            frames.append(frame)
+            count += 1
+        if len(frames) == form.clip_length or (frame is None and len(frames) >= form.min_clip_length):
             yield clip()
+            has_clips = True
+            frames = []
+        elif frame is None:
             frames = []
     if len(frames) >= form.min_clip_length:
         yield clip()
-    elif count < form.min_clip_length:
+    elif not has_clips:
+        if damaged:  # not only its end is lost
+            raise InputError(damaged.pop())
         raise InputError(too_short(source, count, form.min_clip_length))
+
+
+def _frames(
+    source: Source, frames: Iterable[np.ndarray | None], damaged: list[str] | None
+) -> Iterator[np.ndarray | None]:
+    """Frames up to where the source is damaged."""
+    iterator, end = iter(frames), object()
+    while True:
+        try:
+            with naming(source.path):
+                frame = next(iterator, end)
+        except DamageError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
+            return
+        if frame is end:
+            return
+        yield frame  # type: ignore[misc]
+
+
+def _aligned(values: np.ndarray | None, form: Form, are_between: bool) -> np.ndarray | None:
+    """Values such that those at t belong to the step from frame t to t + 1; the last one's is 0 where it is unknown."""
+    if values is None or are_between or not form.actions_lead_to:
+        return values
+    return np.append(values[1:], values.dtype.type(0))
 
 
 def too_short(source: Source, num_frames: int, min_clip_length: int) -> str:
@@ -150,6 +201,6 @@ def too_short(source: Source, num_frames: int, min_clip_length: int) -> str:
 def wrong_size(source: Source, size: Sequence[int], expected: Sequence[int]) -> str:
     """Why an episode with frames of another size is skipped."""
     return (
-        f"{source.path}: has frames of {size[0]}×{size[1]} (height × width), the first source "
+        f"{source.path}: has frames of {size[0]}×{size[1]} (height × width), most sources "
         f"{expected[0]}×{expected[1]}; resize all with `height` and `width`"
     )

@@ -5,25 +5,26 @@ Each file, or folder of pictures, is one episode. `sources/registry.py` knows wh
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from models.errors import InputError
 from sources import workers
 from sources.clips import Form, Source, Task, convert_task, too_short, wrong_size
-from sources.kind import Header, natural
-from sources.registry import KINDS
+from sources.find import find_sources, split_sources
+from sources.kind import Header, naming
+from sources.options import ConversionOptions
 from utils.cli import with_flags
 from utils.records import SPLITS, Metadata, Shard, write_metadata
 
@@ -31,62 +32,7 @@ DEFAULT_FPS = 15  # for sources without a rate; CoinRun plays naturally at 15 fr
 TASK_BYTES = 32 * 2**20  # raw frames of the sources that a worker takes at once
 SHARD_BYTES = 64 * 2**20  # raw frames in one file of clips, at most; larger than a task, which so fits into one file
 LARGE_FRAME = 256 * 256  # pixels; far more than the models are made for
-
-
-@dataclasses.dataclass(frozen=True)
-class ConversionOptions:
-    """All that decides what a folder is converted to."""
-
-    input_dir: str = "data/coinrun_episodes"
-    """Folder to read, with its sub-folders. Each file is one episode: videos (.mp4 .avi .webm .mkv .mov .gif); .npy
-    with frames (T, H, W, C), uint8 or floats in [0, 1]; .npz with frames under `frames`, `observations`, `video` or
-    `arr_0` and, if you have them, one integer per frame in `actions` and one number per frame in `rewards`, which may
-    lack the last frame's (then 0). A folder of .png or .jpg, in the order of their numbers, is one episode too."""
-    source: Literal["auto", *KINDS] = "auto"  # type: ignore[valid-type]
-    """What to read from the input folder: arrays (.npy and .npz), videos or folders of images; auto takes what is
-    there."""
-    height: int | None = None
-    """Resize frames to this height, together with --width; pictures are stretched. Without it all files must have
-    frames of one size."""
-    width: int | None = None
-    """Resize frames to this width."""
-    fps: float | None = None
-    """Frames per second. Videos are resampled to it, by dropping or repeating frames; by default to the rate of the
-    first video. For arrays and images it only says how fast they play; default 15."""
-    clip_length: int = 32
-    """Frames in a clip."""
-    min_clip_length: int = 16
-    """The rest of an episode becomes a shorter clip if it has at least this many frames, otherwise it is dropped."""
-    val_fraction: float = 0.05
-    """Share of the files whose clips are for validation; at least one if there are two files."""
-    test_fraction: float = 0.05
-    """Share of the files whose clips are for testing; at least one if there are three files."""
-    seed: int = 0
-    """Decides which files go to which split."""
-    environment: str = ""
-    """Name of where the episodes come from; by default the name of the input folder."""
-    strict: bool = False
-    """Stop at the first file that cannot be used, instead of skipping it."""
-
-    def check(self) -> None:
-        """Raises an InputError for a value that cannot work."""
-        if self.source not in ("auto", *KINDS):
-            raise InputError(f"`source` {self.source}: must be auto or one of {', '.join(KINDS)}")
-        if (self.height is None) != (self.width is None):
-            raise InputError(f"`height` {self.height} `width` {self.width}: give both, or neither to keep the size")
-        for name in ("height", "width", "fps"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"`{name}` {value}: must be positive")
-        if not 1 <= self.min_clip_length <= self.clip_length:
-            raise InputError(
-                f"`min_clip_length` {self.min_clip_length}: must be from 1 to `clip_length` {self.clip_length}"
-            )
-        fractions = (self.val_fraction, self.test_fraction)
-        if not (min(fractions) >= 0 and sum(fractions) < 1):
-            raise InputError(
-                f"`val_fraction` {fractions[0]} `test_fraction` {fractions[1]}: must leave files for training"
-            )
+HIGHEST_FPS = 240  # a higher rate is that of a clock, not of a camera or a game
 
 
 def convert(options: ConversionOptions, output_dir: str | Path, num_workers: int = 0) -> Metadata:
@@ -104,13 +50,16 @@ def convert(options: ConversionOptions, output_dir: str | Path, num_workers: int
     options.check()
     _check_output(output_dir)
     output = Path(output_dir).resolve()
-    sources = find_sources(options)
-    print(f"{options.input_dir}: {len(sources)} {sources[0].kind.plural}", flush=True)
+    sources, passed_over = find_sources(options)
+    others = ", ".join(f"{count} {suffix}" for suffix, count in sorted(passed_over.items()))
+    said = f"; passed over: {others}" if others else ""
+    print(f"{options.input_dir}: {len(sources)} {sources[0].kind.plural}{said}", flush=True)
 
     skipped: list[str] = []
     headers = read_headers(sources, options, num_workers, skipped)
     form = choose_form(headers, options, skipped)
-    splits = split_sources(list(headers), options.val_fraction, options.test_fraction, options.seed)
+    tell_remarks(headers, options.strict)
+    splits = split_sources(list(headers), options.val_fraction, options.test_fraction, options.seed, options.group)
 
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
@@ -135,36 +84,6 @@ def convert(options: ConversionOptions, output_dir: str | Path, num_workers: int
     return metadata
 
 
-def find_sources(options: ConversionOptions) -> list[Source]:
-    """The episodes in the input folder, in natural order (2 before 10).
-
-    Raises:
-      InputError: There is no such folder, nothing in it, or more than one kind and no choice of `source`.
-    """
-    root = Path(options.input_dir)
-    remedy = (
-        "put episodes there (.npy, .npz, videos, or folders of images) or name another folder with `input_dir`; for "
-        "CoinRun run generate_dataset.py, which needs no preprocessing"
-    )
-    if not root.is_dir():
-        raise InputError(f"`input_dir` {root}: no such folder; {remedy}")
-    found: dict[str, list[Source]] = {name: [] for name in KINDS}
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in names if not name.startswith(".")]
-        for kind in KINDS.values():
-            paths = kind.detect(Path(folder), names)
-            found[kind.name] += [Source(str(path.relative_to(root)), path, kind) for path in paths]
-    kinds = [name for name in found if found[name]] if options.source == "auto" else [options.source]
-    if len(kinds) > 1:
-        counts = ", ".join(f"{len(found[name])} {name}" for name in kinds)
-        raise InputError(f"`input_dir` {root}: holds several kinds of sources ({counts}); choose one with `source`")
-    sources = found[kinds[0]] if kinds else []
-    if not sources:
-        raise InputError(f"`input_dir` {root}: nothing to read (`source` {options.source}); {remedy}")
-    return sorted(sources, key=lambda source: natural(source.name))
-
-
 def read_headers(
     sources: Sequence[Source], options: ConversionOptions, num_workers: int, skipped: list[str]
 ) -> dict[Source, Header]:
@@ -172,7 +91,8 @@ def read_headers(
 
     def read(source: Source) -> Header | InputError:
         try:
-            return source.kind.header(source.path)
+            with naming(source.path):
+                return source.kind.header(source.path)
         except InputError as error:
             return error
 
@@ -195,54 +115,63 @@ def read_headers(
 
 def choose_form(headers: dict[Source, Header], options: ConversionOptions, skipped: list[str]) -> Form:
     """Settles size, rate and actions; drops sources of another size from `headers`."""
-    first = next(iter(headers))
-    height, width = options.height or headers[first].height, options.width or headers[first].width
-    if not options.height:
+    if options.height and options.width:
+        height, width = options.height, options.width
+    else:
+        sizes = Counter((header.height, header.width) for header in headers.values())
+        height, width = _most(sizes)
         for source, header in list(headers.items()):
             if (header.height, header.width) != (height, width):
                 _skip(wrong_size(source, (header.height, header.width), (height, width)), skipped, options.strict)
                 del headers[source]
     if height * width > LARGE_FRAME:
         _tell(f"frames are large, {height}×{width}; `height` and `width` make them smaller, for instance 64×64")
+    rates = Counter(header.fps for header in headers.values() if header.fps)
+    fps = Fraction(options.fps or (_most(rates) if rates else DEFAULT_FPS))
+    if fps > HIGHEST_FPS and not options.fps:
+        raise InputError(f"`fps`: the videos say {float(fps):g} frames per second; say with `fps` what you want")
+    others = sum(rates.values()) - rates[fps]
+    resampled = f"; {others} of {sum(rates.values())} have another rate and are resampled" if others else ""
+    _tell(f"frames of {height}×{width}, {float(fps):g} per second{resampled}")
     without = [source for source in headers if not headers[source].has_actions]
     if 0 < len(without) < len(headers):
-        message = f"{without[0].path}: has no actions, as {len(without)} of {len(headers)} sources"
-        if options.strict:
-            raise InputError(f"{message} (`strict`)")
-        print(f"{message}; the dataset will be without actions", file=sys.stderr)
+        message = f"{len(without)} of {len(headers)} sources have no actions, for instance {without[0].path}"
+        if not options.drop_without_actions:
+            raise InputError(
+                f"{message}; `drop_without_actions` leaves these out, or convert them to a dataset of their own"
+            )
+        _tell(f"{message}: left out")
+        for source in without:
+            del headers[source]
     return Form(
         height=height,
         width=width,
         resizes=options.height is not None,
-        fps=Fraction(options.fps or headers[first].fps or DEFAULT_FPS),
-        has_actions=not without,
+        fps=fps,
+        has_actions=all(header.has_actions for header in headers.values()),
+        actions_lead_to=options.actions_lead_to,
         clip_length=options.clip_length,
         min_clip_length=options.min_clip_length,
     )
 
 
-def split_sources(
-    sources: Sequence[Source], val_fraction: float, test_fraction: float, seed: int
-) -> dict[str, list[Source]]:
-    """Divides sources among the splits, by a hash of seed and name; each split keeps their order.
+def _most(counts: Counter[Any]) -> Any:
+    """The most frequent one, the first of equals."""
+    return counts.most_common(1)[0][0]
 
-    From three sources on every split with a share above 0 gets at least one. Of two sources one is for validation; a
-    single one is for training.
-    """
-    n = len(sources)
-    num_test = max(1, round(n * test_fraction)) if test_fraction and n > 2 else 0
-    num_val = max(1, round(n * val_fraction)) if val_fraction and n > 1 else 0
-    num_test = min(num_test, n - 1 - (num_val > 0))  # one is left for training, and for validation if it has a share
-    num_val = min(num_val, n - 1 - num_test)
-    by_hash = sorted(sources, key=lambda source: hashlib.sha256(f"{seed}/{source.name}".encode()).digest())
-    split_of = {
-        source.name: "val" if i < num_val else "test" if i < num_val + num_test else "train"
-        for i, source in enumerate(by_hash)
-    }
-    if n < 3 and (val_fraction or test_fraction):
-        use = "one for training, one for validation" if num_val else "for training"
-        print(f"{n} usable {'source' if n == 1 else 'sources'}, {use}; all three splits take three or more")
-    return {split: [source for source in sources if split_of[source.name] == split] for split in SPLITS}
+
+def tell_remarks(headers: dict[Source, Header], strict: bool) -> None:
+    """Says, once for each kind of remark, of how many sources the decoder made it; refuses any if `strict`."""
+    first: dict[str, Source] = {}
+    counts: Counter[str] = Counter()
+    for source, header in headers.items():
+        for remark in header.remarks:
+            first.setdefault(remark, source)
+            counts[remark] += 1
+    for remark, source in first.items():
+        if strict:
+            raise InputError(f"{source.path}: {remark} (`strict`)")
+        _tell(f"{counts[remark]} of {len(headers)} {source.kind.plural}: {remark}", sys.stderr)
 
 
 def make_tasks(
@@ -282,6 +211,8 @@ def run_tasks(tasks: Sequence[Task], num_workers: int, skipped: list[str]) -> tu
         for task, converted in zip(tasks, results, strict=True):
             for reason in converted.skipped:
                 _skip(reason, skipped, task.strict)
+            for note in converted.damaged:
+                _tell(note, sys.stderr)
             for shard in converted.shards:
                 name = f"{task.split}/{len(shards[task.split]):05d}.array_record"
                 os.replace(task.folder / shard.file, task.folder / name)

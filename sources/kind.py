@@ -1,13 +1,23 @@
 """What a kind of source is: videos, arrays, folders of pictures. `sources/registry.py` has the table of all kinds."""
 
+import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+
+from models.errors import InputError
+
+STARTS_SUFFIX = ".episodes.json"
+
+
+class DamageError(InputError):
+    """The rest of an episode cannot be read, or not be trusted; the frames before are good."""
 
 
 class Header(NamedTuple):
@@ -17,6 +27,7 @@ class Header(NamedTuple):
     fps: Frames per second, exactly; None for sources that have no rate.
     has_actions: Whether it holds an action for each frame.
     is_guess: Whether `num_frames` may be wrong; 0 is then "unknown".
+    remarks: What a dataset of it leaves out or changes, each as it can stand after "3 of 10 videos: ".
     """
 
     num_frames: int
@@ -25,19 +36,23 @@ class Header(NamedTuple):
     fps: Fraction | None = None
     has_actions: bool = False
     is_guess: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 class Episode(NamedTuple):
-    """An episode that has been opened.
+    """An episode that has been opened, or several that follow one another.
 
-    frames: One at a time, uint8 RGB (H, W, 3).
+    frames: One at a time, uint8 RGB (H, W, 3); None between the frames of two episodes.
     actions_T: int32 from 0, or None; `actions_T[t]` leads from frame t to frame t + 1.
     rewards_T: float32 or None; `rewards_T[t]` was earned by the action at t.
+    between: Which of "actions" and "rewards" the source has one less of than frames, so that they lie between frames
+      whatever convention the source follows.
     """
 
-    frames: Iterable[np.ndarray]
+    frames: Iterable[np.ndarray | None]
     actions_T: np.ndarray | None = None
     rewards_T: np.ndarray | None = None
+    between: frozenset[str] = frozenset()
 
 
 class Kind(ABC):
@@ -45,10 +60,12 @@ class Kind(ABC):
 
     name: What --source calls it.
     plural: What messages call several of them, for instance "videos".
+    suffixes: Of the files that it reads, in lower case; other files are counted as passed over.
     """
 
     name: ClassVar[str]
     plural: ClassVar[str]
+    suffixes: ClassVar[Sequence[str]] = ()
 
     @abstractmethod
     def detect(self, folder: Path, names: Sequence[str]) -> list[Path]:
@@ -75,7 +92,19 @@ class Kind(ABC):
 
         Raises:
           InputError: It cannot be read; also while frames are being asked for.
+          DamageError: While frames are being asked for: those given so far are good and may be kept.
         """
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns whatever a decoder raises into an InputError that names the source, so that one ends no conversion."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # libav, pillow, numpy, zipfile, ...: their errors have no common type
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 def files_ending(suffixes: Sequence[str], folder: Path, names: Sequence[str]) -> list[Path]:
@@ -83,6 +112,57 @@ def files_ending(suffixes: Sequence[str], folder: Path, names: Sequence[str]) ->
     return [folder / name for name in names if Path(name).suffix.lower() in suffixes]
 
 
-def natural(name: str) -> tuple[list[str | int], str]:
-    """A key that sorts numbers in names by value: 2 before 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
+_NUMBER = re.compile(r"(?<![0-9A-Za-z)\].])-?\d+(?:\.\d+)?(?!\.?\d)|\d+")
+
+
+def natural(name: str) -> tuple[list[tuple[float, str]], str]:
+    """A key that sorts numbers in names by value: 2 before 10, -1 before 0, 0.25 before 0.5.
+
+    A minus or a point is part of a number only where nothing but it can be meant: in "t_-3" and "0.5", not in "a-3",
+    "take7.12" or "1.2.3".
+    """
+    key: list[tuple[float, str]] = []
+    end = 0
+    for match in _NUMBER.finditer(name):
+        key += [(float("inf"), name[end : match.start()]), (float(match.group()), "")]
+        end = match.end()
+    return [*key, (float("inf"), name[end:])], name
+
+
+def pattern(name: str) -> str:
+    """A name with its numbers left open: equal for the pictures of one sequence."""
+    return _NUMBER.sub("#", name.rpartition(".")[0]) + Path(name).suffix.lower().replace(".jpeg", ".jpg")
+
+
+def episode_starts(path: Path) -> list[int]:
+    """Where the episodes of a file, or of a folder of pictures, start: the list in `<name>.episodes.json` beside it.
+
+    Returns:
+      Numbers of frames, ascending; empty without such a file.
+
+    Raises:
+      InputError: The file holds something else.
+    """
+    for name in (path.name, path.stem):
+        beside = path.with_name(name + STARTS_SUFFIX)
+        if beside.is_file():
+            break
+    else:
+        return []
+    try:
+        starts = json.loads(beside.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {beside.name} cannot be read ({error})") from error
+    whole = isinstance(starts, list) and all(type(start) is int and start >= 0 for start in starts)
+    if not whole or sorted(set(starts)) != starts:
+        raise InputError(f"{path}: {beside.name} must hold the numbers of first frames, ascending, like [0, 120, 300]")
+    return starts
+
+
+def separated(frames: Iterable[np.ndarray], starts: Sequence[int]) -> Iterator[np.ndarray | None]:
+    """Frames with None before each frame that starts a further episode."""
+    first = set(starts)
+    for number, frame in enumerate(frames):
+        if number in first and number:
+            yield None
+        yield frame

@@ -45,7 +45,7 @@ def test_mp4_comes_back(tmp_path, fps):
     assert read.shape == frames.shape
     assert min(psnr(a, b) for a, b in zip(read, frames, strict=True)) > 38
     assert read_fps == pytest.approx(fps, rel=1e-6)
-    assert source.read_video_info(tmp_path / "new" / "a.mp4") == (12, 64, 96, Fraction(str(fps)))
+    assert source.read_video_info(tmp_path / "new" / "a.mp4") == (12, 64, 96, Fraction(str(fps)), ())
 
 
 def test_mp4_pads_odd_sides_with_copies(tmp_path):

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -28,6 +29,8 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Mapping[s
     status 130.
     """
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         main(parse(config, presets, sys.argv[1:]))
     except (InputError, DivergenceError, OSError) as error:

@@ -48,6 +48,12 @@ def write_png(path: str | Path, image_HWC: np.ndarray) -> None:
         Image.fromarray(image_HWC).save(temporary, format="png")
 
 
+def over_black(rgba: np.ndarray) -> np.ndarray:
+    """uint8 (..., 4) with straight alpha as RGB over black."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 127) // 255).astype(np.uint8)
+
+
 def resize(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes frames; the picture is stretched where the aspect ratio differs.
 
