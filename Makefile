@@ -38,6 +38,8 @@ browser:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome \
 		|| { test "$$(id -u)" = 0 && apt-get -qq update && apt-get -qq install -y chromium > /dev/null; } \
 		|| echo "no chromium and no way to install it: the browser test will be skipped"
+	@command -v nginx || { test "$$(id -u)" = 0 && apt-get -qq update && RUNLEVEL=1 apt-get -qq install -y nginx-light > /dev/null; } \
+		|| echo "no nginx and no way to install it: the test behind it will be skipped"
 
 test: setup browser lint
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow"

@@ -67,9 +67,9 @@ def main(cfg: Config) -> None:
         ["train_lam.py", *preset, "--ckpt_dir", lam],
     )
     together(["train_dynamics.py", *preset, "--ckpt_dir", world, *parts])
-    samples, clips = str(root / "samples"), ["--num_clips", "48", "--rollout_clips", "48", "--long_frames", "60", *seed]
+    samples, clips = str(root / "samples"), ["--num_clips", "48", "--rollout_clips", "48", "--long_frames", "30", *seed]
     together(
-        ["sample.py", "--checkpoint", world, "--output_dir", samples, "--num_clips", "16", *seed],
+        ["sample.py", "--checkpoint", world, "--output_dir", samples, "--num_clips", "8", *seed],
         ["evaluate.py", "--checkpoint", world, "--data_dir", data, "--output_dir", str(root), *clips],
     )
     file = root / "metrics.json"

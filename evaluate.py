@@ -34,7 +34,7 @@ from models.genie import load, read_config, stored_sampling
 from models.nn import Compute
 from models.sampling import SamplingFlags
 from utils.checkpoint import data_of, output_of
-from utils.cli import run, set_up_jax
+from utils.cli import DEFAULT_CACHE, run, set_up_jax
 from utils.data import ClipSource
 
 
@@ -54,7 +54,7 @@ class Config(Plan, SamplingFlags):
     """Of the models; auto takes bfloat16 on a GPU."""
     deterministic: bool = True
     """On a GPU, the same figures in every run: kernels are then not chosen by trial, which costs some speed."""
-    compile_cache: str = "~/.cache/jafar"
+    compile_cache: str = DEFAULT_CACHE
     """Folder of compiled programs, for quick restarts; empty for none."""
     compare: tuple[str, str] | None = None
     """Two metrics.json: prints by how much the second differs from the first, and measures nothing."""

@@ -23,9 +23,9 @@ from models.sampling import SamplingFlags
 from player.actions import read_actions
 from player.engine import Engine
 from player.game import MAX_STEPS, Game
-from player.server import check_address, serve
+from player.server import check_address, check_origin, serve
 from utils.checkpoint import data_of
-from utils.cli import run, set_up_jax, with_flags
+from utils.cli import DEFAULT_CACHE, run, set_up_jax, with_flags
 from utils.data import ClipSource
 
 
@@ -38,6 +38,9 @@ class Config(SamplingFlags):
     runs/dynamics."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets others on the network play."""
+    allow_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Origin of a page that may show this one besides itself, as a proxy's that does not tell its name
+    (https://example.org); give the flag again for more."""
     port: int = 8000
     """0 takes any free one."""
     open: bool = True
@@ -54,13 +57,15 @@ class Config(SamplingFlags):
     """Frames per second that the page aims at; 0 takes the dataset's."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto takes bfloat16 on a GPU."""
-    compile_cache: str = "~/.cache/jafar"
+    compile_cache: str = DEFAULT_CACHE
     """Folder of compiled programs, for quick restarts; empty for none."""
 
     def __post_init__(self):
         super().__post_init__()
         if len(self.checkpoint) > 2:
             raise InputError(f"`checkpoint`: {len(self.checkpoint)} worlds given; at most two can be compared")
+        for origin in self.allow_origin:
+            check_origin(origin)
         if self.max_players < 1:
             raise InputError(f"`max_players` {self.max_players}: must be at least 1")
         if self.steps is not None and self.steps > MAX_STEPS:
@@ -108,7 +113,7 @@ def open_dataset(cfg: Config, checkpoint: str) -> tuple[ClipSource | None, str]:
 def main(cfg: Config) -> None:
     set_up_jax(cfg.compile_cache)
     check_address(cfg.host, cfg.port)
-    asyncio.run(serve(load_game(cfg), cfg.host, cfg.port, cfg.open))
+    asyncio.run(serve(load_game(cfg), cfg.host, cfg.port, cfg.open, cfg.allow_origin))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tyro
 from flax import nnx
 
 from models import flops, init
-from models.kernels import KV
+from models.kernels import KV, products
 from models.motion import frames_before
 from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, patchify
 from models.sampling import SamplingConfig
@@ -289,8 +289,8 @@ class TokenDynamics(Dynamics):
         hidden_BTNM, time, space = self.transformer(x_BTNM, past, keep)
         hidden_BTNM = hidden_BTNM[:, :, self.extra_places(self.cfg) :]
         table_KM = self.token_embedding[: self.cfg.num_codes].astype(hidden_BTNM.dtype)
-        logits_BTNK = jnp.einsum("btnm,km->btnk", hidden_BTNM, table_KM, preferred_element_type=jnp.float32)
-        return Predicted(logits_BTNK * (2.0 * self.cfg.width**-0.5), hidden_BTNM, time, space)
+        logits_BTNK = products(hidden_BTNM * (2.0 * self.cfg.width**-0.5), table_KM)
+        return Predicted(logits_BTNK, hidden_BTNM, time, space)
 
 
 def actions_to(actions_BTm1: jax.Array) -> jax.Array:
@@ -302,7 +302,7 @@ def masked_cross_entropy(
     logits_BTNK: jax.Array, tokens_BTN: jax.Array, hidden_BTN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy in nats and 1 for a right guess, each (B, T, N) float32 and 0 for tokens that were not hidden."""
-    log_p_BTNK = jax.nn.log_softmax(logits_BTNK.astype(jnp.float32), axis=-1)
-    nll_BTN = -jnp.take_along_axis(log_p_BTNK, tokens_BTN[..., None], axis=-1)[..., 0]
-    hits_BTN = (jnp.argmax(logits_BTNK, axis=-1) == tokens_BTN).astype(jnp.float32)
+    given_BTN = jnp.take_along_axis(logits_BTNK, tokens_BTN[..., None], axis=-1)[..., 0]
+    nll_BTN = jax.nn.logsumexp(logits_BTNK, axis=-1) - given_BTN
+    hits_BTN = (given_BTN == jnp.max(logits_BTNK, axis=-1)).astype(jnp.float32)
     return jnp.where(hidden_BTN, nll_BTN, 0.0), jnp.where(hidden_BTN, hits_BTN, 0.0)

@@ -18,6 +18,10 @@ class InputError(Exception):
         self.of = of
 
 
+class DamagedCheckpointError(InputError):
+    """Of a checkpoint, files are missing, truncated or changed."""
+
+
 class DivergenceError(ArithmeticError):
     """A training ran into numbers that are not finite.
 

@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from models.causal import Causal
@@ -19,6 +19,7 @@ from models.lam import LAM, LAMConfig
 from models.maskgit import MaskGIT
 from models.nn import Compute
 from models.sampling import SamplingConfig
+from models.stored import all_steps, first_line, newest_whole, read_items
 from models.tokenizer import Tokenizer, TokenizerConfig
 
 CONFIG_VERSION = 1
@@ -127,21 +128,16 @@ def stored_model_config(path: str | Path, kind: str) -> Any:
     return model_config(kind, config["model"])
 
 
-def checkpoint_steps(path: str | Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
-    found = (p for p in Path(path).iterdir() if p.name.isdigit() and (p / "model").is_dir())
-    return sorted(int(p.name) for p in found)
-
-
 def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | None = None) -> Any:  # noqa: B008
     """Loads a model for inference from the `ckpt_dir` of its training; nothing else is needed.
 
     Args:
       path: The folder that holds `config.json`: a training's, or that of an exported world.
       kind: "tokenizer", "lam" or "world".
-      step: Which checkpoint; the latest by default. The moving average of the parameters is taken where there is one.
+      step: Which checkpoint; by default the latest that is whole, with a warning if a later one is damaged. The moving
+        average of the parameters is taken where there is one.
     Raises:
-      InputError: There is no checkpoint, or it is of another kind.
+      InputError: There is no checkpoint, or it is damaged or of another kind.
     """
     cfg = stored_model_config(path, kind)
     model = nnx.eval_shape(lambda: KINDS[kind][0](cfg, compute, nnx.Rngs(0)))
@@ -157,19 +153,20 @@ def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | 
 
 
 def _restore(path: Path, target: Any, step: int | None) -> Any:
-    """Variables of a checkpoint, as `target` has them."""
-    steps = checkpoint_steps(path)
-    if not steps or (step is not None and step not in steps):
-        raise InputError(f"{path}: no checkpoint of step {step or 'any'}; there are {steps or 'none'}")
-    folder = path.absolute() / str(step or steps[-1])
-    item = "ema" if (folder / "ema").is_dir() else "model"
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder / item, target)
-    except ValueError as error:  # orbax's, where names or shapes differ
-        raise InputError(
-            f"{folder}: made by another version of the models; train again ({_first_line(error)})"
-        ) from error
+    """Variables of a checkpoint, as `target` has them: of the given step, or of the newest that is whole."""
+
+    def read(folder: Path) -> Any:
+        item = "ema" if (folder / "ema").is_dir() else "model"
+        return read_items(folder, {item: target})[item]
+
+    if step is not None:
+        if step not in all_steps(path):
+            raise InputError(f"{path}: no checkpoint of step {step}; there are {all_steps(path) or 'none'}")
+        return read(path.absolute() / str(step))
+    found, values, damaged = newest_whole(path, read)
+    for reason in damaged.values():
+        print(f"warning: {reason}; step {found} is taken in its place", file=sys.stderr)
+    return values
 
 
 def _read_parameters(file: Path, target: Any) -> Any:
@@ -178,7 +175,7 @@ def _read_parameters(file: Path, target: Any) -> Any:
         with np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{file}: damaged ({_first_line(error)}); copy or export it again") from error
+        raise InputError(f"{file}: damaged ({first_line(error)}); copy or export it again") from error
     leaves, tree = jax.tree.flatten_with_path(target)
     names = ["/".join(str(key.key) for key in path) for path, _ in leaves]
     shapes = {name: leaf.shape for name, (_, leaf) in zip(names, leaves, strict=True)}
@@ -209,10 +206,6 @@ def write_parameters(folder: Path, world: World) -> None:
                 raise InputError(f"{name}: holds values beyond half precision, up to {np.abs(value[...]).max():.3g}")
         arrays[name] = array
     np.savez(folder / PARAMETERS, **arrays)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def fingerprint(model: nnx.Module) -> str:

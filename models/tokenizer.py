@@ -10,10 +10,10 @@ from flax import nnx
 
 from models import init
 from models.errors import InputError
+from models.fsq import check_levels, quantizer
 from models.kernels import KV
 from models.motion import MotionHead, frames_before
 from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, num_patches, patchify, unpatchify
-from models.vq import VectorQuantizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,9 @@ class TokenizerConfig(STConfig):
     """Steps without use after which a code is moved to a latent of the batch; 0 never."""
     unquantized_steps: int = 0
     """Steps at the start in which latents pass as they are, so that codes follow an encoder that learns already."""
+    levels: tuple[int, ...] = ()
+    """Of a finite scalar quantiser in the place of the codebook: values for each number of a code, whose product is
+    num_codes and whose count code_width; none for a learned codebook."""
     motion_reach: int = 0
     """Pixels by which the decoder can move the last frame, patch by patch; 0: it makes each anew, as in the paper."""
     frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
@@ -43,6 +46,7 @@ class TokenizerConfig(STConfig):
             side = min(self.frame_shape[:2])
             message = f"`patch_size` {self.patch_size}: must be from 1 to the frames' shorter side, {side}"
             raise InputError(message, of=type(self))
+        check_levels(self)
         if self.motion_reach < 0:
             raise InputError(f"`motion_reach` {self.motion_reach}: must be 0 or more pixels", of=type(self))
 
@@ -98,14 +102,7 @@ class Tokenizer(nnx.Module):
         self.encoder_position_NM = init.positions(rngs, cfg.num_patches, cfg.width)
         self.encoder = STTransformer(cfg, compute, rngs, places)
         self.code_in = linear(cfg.width, cfg.code_width, compute, rngs)
-        self.vq = VectorQuantizer(
-            cfg.num_codes,
-            cfg.code_width,
-            cfg.codebook_decay,
-            cfg.reset_after,
-            rngs,
-            unquantized_steps=cfg.unquantized_steps,
-        )
+        self.vq = quantizer(cfg, rngs)
         self.code_out = linear(cfg.code_width, cfg.width, compute, rngs, bias=True)
         self.decoder_position_NM = init.positions(rngs, cfg.num_patches, cfg.width)
         self.decoder = STTransformer(cfg, compute, rngs, places)

@@ -41,6 +41,13 @@ def batch_mean(latents_XL: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(jnp.mean(latents_XL.reshape(-1, latents_XL.shape[-1]), axis=0))
 
 
+def first_of_largest(scores_XK: jax.Array) -> jax.Array:
+    """`jnp.argmax` over the last axis as int32, in two plain reductions, which a CPU has instructions for."""
+    K = scores_XK.shape[-1]
+    is_largest_XK = scores_XK == jnp.max(scores_XK, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_largest_XK, jnp.arange(K, dtype=jnp.int32), K - 1), axis=-1)
+
+
 class VectorQuantizer(nnx.Module):
     """Replaces each latent by the code nearest in direction.
 
@@ -86,7 +93,7 @@ class VectorQuantizer(nnx.Module):
         z_XL = unit(latents_XL - (batch_mean(latents_XL) if train and self.centred else self.centre_L[...]))
         # float32 products also where the rest is bfloat16: near-ties decide which codes are learned.
         scores_XK = jnp.einsum("...l,kl->...k", z_XL, self.codebook_KL, precision=jax.lax.Precision.HIGHEST)
-        codes_X = jnp.argmax(jax.lax.stop_gradient(scores_XK), axis=-1).astype(jnp.int32)
+        codes_X = first_of_largest(jax.lax.stop_gradient(scores_XK))
         vectors_XL = self.codebook_KL[codes_X]
         commitment = jnp.mean(jnp.sum(jnp.square(z_XL - vectors_XL), axis=-1))
         out_XL = z_XL + jax.lax.stop_gradient(vectors_XL - z_XL)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from models.errors import InputError
-from models.genie import checkpoint_steps
+from models.stored import checkpoint_steps
 from models.tokenizer import TokenizerConfig
 from utils.checkpoint import CheckpointConfig, Checkpoints, write_config
 from utils.sharding import make_mesh

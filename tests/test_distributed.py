@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from models.genie import checkpoint_steps
+from models.stored import checkpoint_steps
 from tests.conftest import LAM, ROOT, SMALL, TOKENIZER, script
 from tests.test_train import assert_same, flags, lines, losses, stored
 from utils.sharding import batch_sharding, start_distributed, state_sharding

@@ -182,6 +182,7 @@ def test_the_moving_average_follows_the_parameters():
     for step in range(3):
         grads = jax.tree.map(lambda x, step=step: jnp.full_like(x, 1.0 + step), state.params)
         state, norms = apply_gradients(state, grads, cfg)
+        state = state.move_average(cfg.ema_decay)
         expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * np.asarray(b), expected, state.params)
         np.testing.assert_allclose(norms["grad_norm"], (1 + step) * np.sqrt(8), rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.ema, expected)

@@ -21,14 +21,15 @@ from flax import nnx
 
 import sample
 from models.errors import DivergenceError, InputError
-from models.genie import checkpoint_steps, load_lam, load_tokenizer, load_world
+from models.genie import load_lam, load_tokenizer, load_world
 from models.lam import LAMConfig
+from models.stored import checkpoint_steps
 from models.tokenizer import TokenizerConfig
 from sample import choose_actions, known_actions
 from sources.images import read_image
 from tests.conftest import CACHE, FRAME, LAM, ROOT, SMALL, TOKENIZER, make_clip, make_dataset, script
 from utils import progress
-from utils.checkpoint import HARMLESS, CheckpointConfig, Checkpoints, write_config
+from utils.checkpoint import HARMLESS, SPOKEN_OF, CheckpointConfig, Checkpoints, write_config
 from utils.cli import with_flags
 from utils.data import ClipSource, batches
 from utils.logging import Files, Writers
@@ -346,6 +347,7 @@ def test_a_restored_state_is_the_saved_one(tmp_path):
     cfg, state = TrainConfig(ema_decay=0.5), linear_state()
     for _ in range(2):
         state, _ = apply_gradients(state, jax.tree.map(jnp.ones_like, state.params), cfg)
+        state = state.move_average(cfg.ema_decay)
     write_config(tmp_path, "tokenizer", TokenizerConfig(), cfg)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     meta = {"step": 2, "batch": 2, "seed": 0}
@@ -359,14 +361,14 @@ def test_a_restored_state_is_the_saved_one(tmp_path):
 
 
 CURVE = {
-    *("learning_rate", "schedule", "warmup_steps", "decay_steps", "final_learning_rate", "beta1", "beta2"),
+    *("optimizer", "learning_rate", "schedule", "warmup_steps", "decay_steps", "final_learning_rate", "beta1", "beta2"),
     *("weight_decay", "grad_clip", "ema_decay", "batch_size", "seq_len", "grad_accum", "seed", "dtype"),
 }
 """Flags that change what is learned: no resumed run may change them."""
 
 
 def test_flags_that_change_the_curve_are_refused_on_resume_and_others_are_not(tmp_path):
-    assert {field.name for field in dataclasses.fields(TrainConfig)} <= CURVE | HARMLESS
+    assert {field.name for field in dataclasses.fields(TrainConfig)} <= CURVE | HARMLESS | SPOKEN_OF
     cfg = TrainConfig()
     write_config(tmp_path, "tokenizer", TokenizerConfig(), cfg)
     (tmp_path / "1" / "model").mkdir(parents=True)  # what counts as a checkpoint

@@ -7,7 +7,9 @@ An exported world (export.py) has parameters.npz and data/ in the place of the s
 folder: what would go into that of a training goes to runs/worlds/<name of the folder>.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -21,22 +23,28 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from models.errors import InputError
-from models.genie import CONFIG_VERSION, PARAMETERS, checkpoint_steps, read_config
+from models.errors import DamagedCheckpointError, InputError
+from models.genie import CONFIG_VERSION, PARAMETERS, read_config
+from models.stored import all_steps, checkpoint_steps, fault, first_line, newest_whole, read_items
 from utils.data import frames_folder
+from utils.lock import FolderLock
 from utils.sharding import state_sharding
 from utils.state import TrainState
 
 HARMLESS = {
-    *("ckpt_dir", "data_dir", "num_steps", "tokenizer_checkpoint", "lam_checkpoint"),
+    *("ckpt_dir", "data_dir", "tokenizer_checkpoint", "lam_checkpoint"),
     *("log", "entity", "project", "run_name", "tensorboard", "profile", "debug_nans", "log_gradients", "deterministic"),
     *("log_interval", "val_interval", "val_batches", "checkpoint_interval", "keep_latest", "keep_every", "keep_best"),
     *("steps", "temperature", "order", "top_k", "top_p"),  # of sampling
     *("num_workers", "fsdp", "coordinator", "num_processes", "process_id", "remat", "attention", "compile_cache"),
 }
 """Training flags that a resumed run may change: they do not touch the curve beyond rounding."""
+
+SPOKEN_OF = {"num_steps"}
+"""Training flags that a resumed run may change too, and that do touch the curve: `fit` says how."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +65,13 @@ class CheckpointConfig:
     both validated and saved count."""
 
 
-def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[str, str] | None = None) -> None:
-    """Writes `config.json`, or, if there is one, checks that this run may continue it.
+def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[str, str] | None = None) -> dict:
+    """Writes `config.json`; if there is one, checks that this run may continue it.
 
     Args:
       parts: Fingerprints of the trained parts that the model begins with; those of a resumed run must be the same.
+    Returns:
+      The training flags that stood there; empty for a new folder.
     Raises:
       InputError: The folder holds a training that differs; the message lists each field.
     """
@@ -75,10 +85,7 @@ def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[st
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
     }
     fields = json.loads(json.dumps(fields))
-    if is_exported(folder):
-        raise InputError(
-            f"`ckpt_dir` {folder}: holds an exported world, which cannot be trained on; choose another folder"
-        )
+    stored: dict[str, Any] = {}
     if (folder / "config.json").exists():
         stored = read_config(folder)
         if stored["kind"] != kind:
@@ -88,7 +95,7 @@ def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[st
         differing = [
             f"{name}: stored {old.get(name)}, given {new.get(name)}"
             for name in sorted(old | new)
-            if old.get(name) != new.get(name) and name.split(".")[-1] not in HARMLESS
+            if _differs(old, new, name) and name.split(".")[-1] not in HARMLESS | SPOKEN_OF
         ]
         if differing and checkpoint_steps(folder):
             raise InputError(
@@ -100,6 +107,25 @@ def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[st
         temporary = folder / "config.json.tmp"
         temporary.write_text(json.dumps(fields, indent=2))
         os.replace(temporary, folder / "config.json")
+    return stored.get("train", {})
+
+
+def take_folder(folder: Path) -> contextlib.AbstractContextManager:
+    """Makes the folder of a training, and takes it for this run alone while the context lasts.
+
+    Raises:
+      InputError: Another training has it, or it holds an exported world.
+    """
+    if is_exported(folder):
+        raise InputError(
+            f"`ckpt_dir` {folder}: holds an exported world, which cannot be trained on; choose another folder"
+        )
+    return FolderLock(folder) if jax.process_index() == 0 else contextlib.nullcontext()
+
+
+def _differs(old: dict[str, Any], new: dict[str, Any], name: str) -> bool:
+    """Whether a field differs; one that is younger than the stored configuration was off then."""
+    return bool(new[name]) if name not in old else old[name] != new.get(name)
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -131,6 +157,8 @@ def output_of(checkpoint: str | Path, name: str = "") -> Path:
     return (Path("runs/worlds") / Path(checkpoint).resolve().name if exported else Path(checkpoint)) / name
 
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
 RISING = ("psnr", "ssim", "accuracy", "usage", "margin")
 """Metrics of which more is better; of all others, less."""
 
@@ -153,6 +181,7 @@ class Checkpoints:
                 keep.BestN(get_metric_fn=score, reverse=not rising, n=1, keep_checkpoints_without_metrics=False)
             )
         self.folder = folder
+        self._set_aside_incomplete()
         self.manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -182,17 +211,19 @@ class Checkpoints:
             "meta": ocp.args.JsonSave(meta),
         }
         if state.ema is not None:
-            averaged = nnx.merge_state(state.ema, state.rest)
-            items["ema"] = ocp.args.StandardSave(nnx.to_pure_dict(averaged))
+            items["ema"] = ocp.args.StandardSave(nnx.to_pure_dict(nnx.merge_state(*state.with_average())))
         try:
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         except Exception as error:  # orbax passes on whatever its writers raised
             raise self._failure(error) from error
 
     def restore(self, abstract: TrainState, mesh: jax.sharding.Mesh) -> tuple[TrainState, dict[str, Any]] | None:
-        """Restores the latest good checkpoint onto this mesh; None if there is none."""
-        step = self.manager.latest_step()
-        if step is None:
+        """Restores the newest whole checkpoint onto this mesh, and sets newer ones aside; None if there is none.
+
+        Raises:
+          DamagedCheckpointError: There are checkpoints, but none is whole; none was touched.
+        """
+        if self.manager.latest_step() is None:
             return None
 
         def target(tree: Any) -> Any:
@@ -200,14 +231,21 @@ class Checkpoints:
             return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
         model = nnx.merge_state(abstract.params, abstract.rest)
-        items = {
-            "model": ocp.args.StandardRestore(target(nnx.to_pure_dict(model))),
-            "optimizer": ocp.args.StandardRestore(target(abstract.opt_state)),
-            "meta": ocp.args.JsonRestore(),
-        }
+        items = {"model": target(nnx.to_pure_dict(model)), "optimizer": target(abstract.opt_state)}
         if abstract.ema is not None:
             items["ema"] = items["model"]
-        restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+
+        def read(folder: Path) -> dict[str, Any]:
+            try:
+                meta = json.loads((folder / "meta" / "metadata").read_text())
+            except (OSError, ValueError) as error:
+                raise DamagedCheckpointError(f"{folder}: damaged (meta: {error})") from error
+            return read_items(folder, items) | {"meta": meta}
+
+        step, restored, damaged = newest_whole(self.folder, read)
+        if damaged:
+            self._set_aside(damaged, f"going on from step {step}")
+            self.manager.reload()
 
         def state_of(values: Any) -> Any:
             filled = jax.tree.map(lambda x: x, model)
@@ -215,9 +253,29 @@ class Checkpoints:
             return abstract.split(filled)
 
         params, rest = state_of(restored["model"])
-        ema = None if abstract.ema is None else state_of(restored["ema"])[0]
+        ema = None if abstract.ema is None else abstract.averaged(*state_of(restored["ema"]))
         state = dataclasses.replace(abstract, params=params, rest=rest, opt_state=restored["optimizer"], ema=ema)
         return state, restored["meta"]
+
+    def _set_aside_incomplete(self) -> None:
+        """Does so with checkpoints of which files are missing, before orbax meets them."""
+        faults = {step: fault(self.folder / str(step)) for step in all_steps(self.folder)}
+        reasons = {step: f"{self.folder}/{step}: damaged ({reason})" for step, reason in faults.items() if reason}
+        if reasons and len(reasons) == len(faults):
+            raise DamagedCheckpointError(f"{reasons[max(reasons)]}; there is no other that is whole")
+        if reasons:
+            self._set_aside(reasons, f"the newest of the others is step {max(faults.keys() - reasons.keys())}")
+
+    def _set_aside(self, damaged: dict[int, str], then: str) -> None:
+        """Renames checkpoints, so that nobody takes them for good and nothing is lost."""
+        if jax.process_index() == 0:
+            for step, reason in damaged.items():
+                place = self.folder / f"damaged-{step}"
+                while place.exists():
+                    place = place.with_name(place.name + "~")
+                os.replace(self.folder / str(step), place)
+                print(f"{reason}; set aside as {place}, {then}", file=sys.stderr, flush=True)
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 
     def latest(self) -> int:
         """Step of the latest checkpoint, 0 if there is none."""
@@ -237,4 +295,7 @@ class Checkpoints:
         except OSError:
             steps = []
         good = f"the last good checkpoint is {self.folder}/{steps[-1]}" if steps else "there is no good checkpoint"
-        return OSError(f"saving a checkpoint failed ({error}); {good}. Mend the disk and run the same command again")
+        text = str(error)
+        on_disk = isinstance(error, OSError) or any(os.strerror(code) in text for code in _DISK_ERRORS)
+        remedy = "Mend the disk and run" if on_disk else "Once its cause is gone, run"
+        return OSError(f"saving a checkpoint failed ({first_line(error)}); {good}. {remedy} the same command again")

@@ -1,11 +1,15 @@
 """From the command line to `main`: parsing, presets and one-line errors."""
 
+import contextlib
 import ctypes
 import dataclasses
 import io
 import os
 import re
+import resource
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -29,12 +33,19 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Mapping[s
     status 130.
     """
     keep_freed_memory()
+    raise_file_limit()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        main(parse(config, presets, sys.argv[1:]))
+        main(with_paths(parse(config, presets, sys.argv[1:])))
     except (InputError, DivergenceError, OSError) as error:
         print(f"error: {with_flags(error, config)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (RuntimeError, AssertionError) as error:
+        if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):  # JAX starts devices
+            raise
+        wanted, reason = os.environ.get("JAX_PLATFORMS", ""), " ".join(str(error).split())[:200]
+        print(f"error: JAX_PLATFORMS={wanted}: there is no such device here ({reason or 'not found'})", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -54,11 +65,46 @@ def with_flags(error: Exception, config: Any) -> str:
     return re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), str(error))
 
 
+def with_paths(config: Config) -> Config:
+    """The configuration with ~ in its paths as the home folder.
+
+    Raises:
+      InputError: A path is an address of a store (gs://, s3://): files are read and written here, nowhere else.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not (field.name.endswith(PATH_FIELDS) and all(isinstance(path, str) for path in values)):
+            continue
+        for path in values:
+            if re.match(r"\w+://", path):
+                raise InputError(f"`{field.name}` {path}: must be a folder; mount the store, or copy what is in it")
+        paths = tuple(os.path.expanduser(path) for path in values)
+        changes[field.name] = paths if isinstance(value, tuple) else paths[0]
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+PATH_FIELDS = ("_dir", "checkpoint", "_cache", "run", "out", "metrics", "compare")
+"""Ends of the names of those fields that hold paths."""
+
+
+DEFAULT_CACHE = "~/.cache/jafar"
+
+
+def raise_file_limit() -> None:
+    """As many open files as the system allows: datasets have a file for each few dozen clips."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS says "unlimited" and means less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def set_up_jax(compile_cache: str, deterministic: bool = False) -> None:
     """Sets up JAX, before anything touches a device.
 
     Args:
-      compile_cache: Folder of compiled programs; empty for none.
+      compile_cache: Folder of compiled programs; empty for none. JAX_COMPILATION_CACHE_DIR wins over the default.
       deterministic: Only deterministic kernels on a GPU, not chosen by trial.
     """
     import jax  # not at the top: workers that record games start faster without it
@@ -66,8 +112,26 @@ def set_up_jax(compile_cache: str, deterministic: bool = False) -> None:
     if deterministic:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     if compile_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compile_cache))
+        is_default = os.path.expanduser(compile_cache) == os.path.expanduser(DEFAULT_CACHE)
+        if not (is_default and os.environ.get("JAX_COMPILATION_CACHE_DIR")):
+            jax.config.update("jax_compilation_cache_dir", _writable(compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _writable(folder: str) -> str:
+    """The folder, or, for a user without a home or with one that is read-only, a temporary one."""
+    folder = os.path.expanduser(folder)
+    try:
+        if folder.startswith("~"):
+            raise OSError("no HOME")
+        os.makedirs(folder, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+        raise OSError("not writable")
+    except OSError as error:
+        elsewhere = os.path.join(tempfile.gettempdir(), f"jafar-{os.getuid()}")
+        print(f"compiled programs go to {elsewhere}, not to {folder} ({error.strerror or error})", file=sys.stderr)
+        return elsewhere
 
 
 def keep_freed_memory() -> None:

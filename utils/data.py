@@ -1,8 +1,11 @@
 """The loader: from a dataset of clips (`utils/records.py`) to batches on the devices."""
 
+import copy
+import math
+import shutil
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +14,9 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from models.errors import InputError
 from utils.records import Clip, Shard, decode_clip, read_metadata
+
+BATCHES_PER_WORKER = 2  # that wait to be taken
+MAX_OPEN_SHARDS = 256  # files of a split that stay open; a system's limit is often 1024 for a process
 
 
 class Batch(NamedTuple):
@@ -80,8 +86,8 @@ class ClipSource:
         files = [self.folder / shard.file for shard in shards]
         for file, shard in zip(files, shards, strict=True):
             _check_file(file, shard)
-        instructions = [str(file) for file in files]
-        self._source: ArrayRecordDataSource = ArrayRecordDataSource(instructions)
+        self._source: ArrayRecordDataSource = ArrayRecordDataSource([str(file) for file in files])
+        self._opened: set[int] = set()
         totals = [shard.count() for shard in shards]
         self._ends = np.cumsum(self._counts)
         # Clip i of this source is record i + shift of the concatenated files.
@@ -100,6 +106,10 @@ class ClipSource:
     def records(self, indices: Sequence[int]) -> Sequence[bytes]:
         """The clips as they are stored, decompressed."""
         shards = np.searchsorted(self._ends, indices, side="right")
+        if len(self._opened) > MAX_OPEN_SHARDS:
+            # A copy begins with no file open; the old one closes its files when the last thread has read from it.
+            self._source, self._opened = copy.copy(self._source), set()
+        self._opened.update(shards.tolist())
         return self._source.__getitems__([int(i + self._shifts[s]) for i, s in zip(indices, shards, strict=True)])
 
     def windows(self, indices: Sequence[int], positions: Sequence[float]) -> Batch:
@@ -186,10 +196,39 @@ def batches(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     )
     if num_workers:
+        check_shared_memory(source, batch_size // process_count, num_workers)
         absl.flags.FLAGS.mark_as_parsed()  # grain's workers read flags, and no one else parses them here
-        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=BATCHES_PER_WORKER)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
-    return iter(dataset)
+    return _own(iter(dataset)) if num_workers else iter(dataset)
+
+
+def _own(stream: Any) -> Generator[Batch, None, None]:
+    """Batches of worker processes in memory of this one's own, so that the shared one is free again at once."""
+    try:
+        for batch in stream:
+            yield Batch(*(None if array is None else np.array(array) for array in batch))
+    finally:
+        stream.close()
+
+
+def check_shared_memory(source: ClipSource, batch_size: int, num_workers: int) -> None:
+    """Compares what worker processes need to hand over batches with the shared memory that there is.
+
+    Raises:
+      InputError: It is too little; a worker would die in the middle of a training, of a bus error.
+    """
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return
+    frames = batch_size * source.seq_len * math.prod(source.metadata.frame_shape)
+    needed = frames * num_workers * (BATCHES_PER_WORKER + 1)  # and one that is being used
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"`num_workers` {num_workers}: their batches need {needed / 2**20:.0f} MiB of shared memory, {folder} has "
+            f"{free / 2**20:.0f} MiB; give the container more (docker run --shm-size), or use fewer workers"
+        )
 
 
 def _ignore_interrupts(worker: int, workers: int) -> None:
@@ -197,7 +236,7 @@ def _ignore_interrupts(worker: int, workers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def to_device(stream: Iterator[Batch], sharding: Any, ahead: int = 1) -> Iterator[Batch]:
+def to_device(stream: Iterator[Batch], sharding: Any, ahead: int = 1) -> Generator[Batch, None, None]:
     """Moves batches to the devices, `ahead` of their use, so that the copy overlaps with the running step.
 
     Args:
@@ -206,7 +245,11 @@ def to_device(stream: Iterator[Batch], sharding: Any, ahead: int = 1) -> Iterato
     import jax
 
     queue: deque[Batch] = deque()
-    for batch in stream:
-        queue.append(jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch))
-        if len(queue) > ahead:
-            yield queue.popleft()
+    try:
+        for batch in stream:
+            queue.append(jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch))
+            if len(queue) > ahead:
+                yield queue.popleft()
+    finally:
+        if hasattr(stream, "close"):
+            stream.close()  # ends grain's workers, and gives back the shared memory of batches that wait

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from models.errors import InputError
 from utils.video import write_png
 
 
@@ -140,15 +141,38 @@ class TensorBoard:
         self.writer.close()
 
 
+def check_wandb() -> None:
+    """Refuses to begin a training whose log would stop at a question that nobody answers.
+
+    Raises:
+      InputError: wandb has no key, and no terminal to ask for one.
+    """
+    import wandb
+
+    offline = os.environ.get("WANDB_MODE", "online") != "online"
+    if not (offline or wandb.api.api_key or sys.stdin.isatty()):
+        raise InputError(
+            "`log`: wandb has no API key, and there is no terminal to ask for one; run `wandb login` once, or set "
+            "WANDB_API_KEY, or WANDB_MODE=offline"
+        )
+
+
 class Wandb:
-    """A Weights & Biases run, which a resumed training continues by the id kept in the checkpoint folder."""
+    """A Weights & Biases run, which a resumed training continues by the id kept in the checkpoint folder.
+
+    The id belongs to the folder that it was made for: a copy of the folder is another training, and gets its own run.
+    """
 
     def __init__(self, folder: Path, entity: str, project: str, name: str, config: dict[str, Any]):
         import wandb
 
         id_file = folder / "wandb_id.txt"
-        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
-        id_file.write_text(run_id)
+        run_id, *owners = id_file.read_text().splitlines() if id_file.exists() else [wandb.util.generate_id()]
+        here = _identity(folder)
+        if owners and not set(owners) & set(here):  # it was neither moved nor is it where it was
+            print(f"{folder}: a copy of another training's folder, which begins a run of its own", flush=True)
+            run_id = wandb.util.generate_id()
+        id_file.write_text("\n".join([run_id, *here]) + "\n")
         self.wandb = wandb
         self.run = wandb.init(
             entity=entity or None, project=project, name=name or None, id=run_id, resume="allow", config=config
@@ -162,3 +186,9 @@ class Wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _identity(folder: Path) -> tuple[str, str]:
+    """Two things of which a folder that is moved keeps one, and a copy none: its path, and its place on the disk."""
+    found = folder.stat()
+    return str(folder.resolve()), f"inode {found.st_dev}:{found.st_ino}"

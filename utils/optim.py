@@ -1,6 +1,7 @@
 """Learning-rate schedules and the optimizer."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -11,6 +12,8 @@ import optax
 class OptimConfig:
     """Flags of the optimizer, the same in all trainings. Defaults: Appendix F."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon (Jordan et al. 2024) makes the updates of the blocks' matrices orthogonal; all else is NAdamW's."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine"] = "wsd"
@@ -55,12 +58,57 @@ def learning_rate_schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, constant, decay], [warmup_steps, num_steps - decay_steps])
 
 
-def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """AdamW with clipping and a schedule; its moments are float32, like the parameters."""
-    adamw = optax.adamw(
-        learning_rate_schedule(cfg, num_steps), cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=matrices
+def raised_rate(cfg: OptimConfig, planned: int | None, num_steps: int, first_step: int, kept: Sequence[int]) -> str:
+    """A line about a rate that a longer training raises again, after it had begun to fall; empty if it does not.
+
+    Args:
+      planned, num_steps: Steps of the whole training, before (None if it is new) and now.
+      first_step: Where it resumes.
+      kept: Steps of its checkpoints.
+    """
+    if not (planned and 0 < first_step < num_steps) or planned == num_steps:
+        return ""
+    before, after = (float(learning_rate_schedule(cfg, n)(min(first_step, n))) for n in (planned, num_steps))
+    if after <= before * 1.01:
+        return ""
+    fell = planned - phases(cfg, planned)[1]
+    earlier = [step for step in kept if step <= fell]
+    remedy = f"take the checkpoints after {earlier[-1]} away" if earlier else "keep some with --keep_every"
+    return (
+        f"\nnote: --num_steps {num_steps} instead of {planned} raises the learning rate from {before:.2g} to "
+        f"{after:.2g}, which had begun to fall at step {fell}. A longer run of --schedule wsd goes on from before that "
+        f"as if it had been planned; {remedy}"
     )
-    return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), adamw) if cfg.grad_clip else adamw
+
+
+def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """AdamW or Muon with clipping and a schedule; moments are float32, like the parameters."""
+    rate = learning_rate_schedule(cfg, num_steps)
+    if cfg.optimizer == "muon":
+        decay = {"weight_decay": cfg.weight_decay, "adam_weight_decay": cfg.weight_decay}
+        # Updates as large as AdamW's usually are (Liu et al. 2025), so that one learning rate serves both.
+        updates = optax.contrib.muon(
+            rate,
+            adam_b1=cfg.beta1,
+            adam_b2=cfg.beta2,
+            **decay,
+            weight_decay_mask=matrices,
+            muon_weight_dimension_numbers=_hidden_matrices,
+            consistent_rms=0.2,
+        )
+    else:
+        updates = optax.adamw(rate, cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=matrices)
+    return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), updates) if cfg.grad_clip else updates
+
+
+def _hidden_matrices(params: Any) -> Any:
+    """Axes of the matrices inside blocks, which are stacked; None for everything else."""
+
+    def axes(path: Any, _: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path)
+        return optax.contrib.MuonDimensionNumbers(-2, -1) if "'blocks'" in name and "'kernel'" in name else None
+
+    return jax.tree.map_with_path(axes, params)
 
 
 def matrices(params: Any) -> Any:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from models.vq import Codebook
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -22,7 +24,7 @@ class TrainState:
 
     params: What gradients train (nnx.State).
     rest: Frozen parts and codebooks (nnx.State).
-    ema: A moving average of `params`, or None.
+    ema: A moving average of `params` and of the codebooks, which follow an encoder that is averaged too; or None.
     """
 
     params: Any
@@ -37,8 +39,17 @@ class TrainState:
     def create(cls, model: nnx.Module, trainable: Any, optimizer: optax.GradientTransformation, ema: bool):
         """The state before the first step. `trainable` is an nnx filter of the parameters that gradients train."""
         graphdef, params, rest = nnx.split(model, trainable, ...)  # type: ignore[misc]
-        average = jax.tree.map(jnp.copy, params) if ema else None
-        return cls(params, rest, optimizer.init(params), average, graphdef, trainable, optimizer)
+        state = cls(params, rest, optimizer.init(params), None, graphdef, trainable, optimizer)
+        return dataclasses.replace(state, ema=jax.tree.map(jnp.copy, state.averaged(params, rest))) if ema else state
+
+    def averaged(self, params: Any, rest: Any) -> Any:
+        """Those of the variables of which a moving average is kept."""
+        return nnx.merge_state(params, nnx.filter_state(rest, Codebook))
+
+    def with_average(self) -> tuple[Any, Any]:
+        """(params, rest) with the moving average in the place of what it averages."""
+        params, codebooks = self.split(self.ema)
+        return params, nnx.merge_state(self.rest, codebooks)
 
     def split(self, variables: Any) -> tuple[Any, Any]:
         """Splits all variables of the model into (params, rest)."""
@@ -49,9 +60,20 @@ class TrainState:
         """This state, with what is not trained by gradients taken from a model (its codebooks have moved)."""
         return dataclasses.replace(self, rest=self.split(nnx.state(model))[1])
 
+    def move_average(self, decay: float) -> "TrainState":
+        """The state with its moving average, if it has one, moved towards what a step has made; counters are copied."""
+        if self.ema is None:
+            return self
+        move = lambda a, b: decay * a + (1 - decay) * b if jnp.issubdtype(b.dtype, jnp.floating) else b
+        return dataclasses.replace(self, ema=jax.tree.map(move, self.ema, self.averaged(self.params, self.rest)))
+
     def model(self, params: Any = None) -> Any:
         """The model, with other parameters if given."""
         return nnx.merge(self.graphdef, self.params if params is None else params, self.rest)
+
+    def best_model(self) -> Any:
+        """The model to look at and to keep: the moving average, where there is one."""
+        return self.model() if self.ema is None else nnx.merge(self.graphdef, *self.with_average())
 
 
 def gradients(
@@ -99,19 +121,16 @@ def large_norm(tree: Any) -> jax.Array:
 
 
 def apply_gradients(state: TrainState, grads: Any, cfg: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of the optimizer, and of the moving average.
+    """One step of the optimizer.
 
     Args:
-      cfg: Its `ema_decay` and `log_gradients` count.
+      cfg: Its `log_gradients` counts.
     Returns:
       The state, and `grad_norm` and `param_norm`, on request by component too.
     """
     updates, opt_state = state.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema is not None:
-        ema = jax.tree.map(lambda a, b: cfg.ema_decay * a + (1 - cfg.ema_decay) * b, ema, params)
     norms = {"grad_norm": optax.tree.norm(grads), "param_norm": large_norm(params)}
     if cfg.log_gradients:
         norms |= {f"grad_norm/{name}": optax.tree.norm(part) for name, part in grads.items()}
-    return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema), norms
+    return dataclasses.replace(state, params=params, opt_state=opt_state), norms

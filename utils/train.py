@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.errors import DivergenceError, InputError
 from models.nn import Compute
-from utils.checkpoint import CheckpointConfig, Checkpoints, write_config
-from utils.cli import set_up_jax
+from models.stored import checkpoint_steps
+from utils.checkpoint import CheckpointConfig, Checkpoints, take_folder, write_config
+from utils.cli import DEFAULT_CACHE, set_up_jax
 from utils.data import Batch, ClipSource, batches, to_device
-from utils.logging import Console, Files, TensorBoard, Wandb, Writer, Writers
-from utils.optim import OptimConfig, make_optimizer, phases
+from utils.logging import Console, Files, TensorBoard, Wandb, Writer, Writers, check_wandb
+from utils.optim import OptimConfig, make_optimizer, phases, raised_rate
 from utils.progress import Profiler, Reporter, Speed, Waiting
 from utils.sharding import batch_sharding, make_mesh, start_distributed, state_sharding
 from utils.signals import StopOnSignal
@@ -80,7 +82,7 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
     """Stop at the operation that makes a NaN (slow)."""
     deterministic: bool = False
     """Only deterministic kernels on a GPU; there, bit-exact resume needs it."""
-    compile_cache: str = "~/.cache/jafar"
+    compile_cache: str = DEFAULT_CACHE
     """Folder of compiled programs, for quick restarts; empty for none."""
 
     def __post_init__(self):
@@ -138,26 +140,32 @@ def fit(
     """
     folder, is_main, mesh = Path(cfg.ckpt_dir), jax.process_index() == 0, make_mesh(cfg.fsdp)
     _check_batch(cfg, mesh)
-    write_config(folder, kind, model_cfg, cfg, parts)
-    checkpoints = Checkpoints(folder, cfg)
-    state, first_step = restore_or_make(cfg, mesh, checkpoints, build, trainable, initialise)
-    if is_main:
-        print(_describe(cfg, state, first_step), flush=True)
-    if first_step >= cfg.num_steps:
-        checkpoints.close()
-        return
+    if cfg.log and is_main:
+        check_wandb()
+    with ExitStack() as stack:
+        stack.enter_context(take_folder(folder))
+        stored = write_config(folder, kind, model_cfg, cfg, parts)
+        checkpoints = stack.enter_context(closing(Checkpoints(folder, cfg)))  # waits for the last save
+        stack.enter_context(_explaining(checkpoints))
+        state, first_step = restore_or_make(cfg, mesh, checkpoints, build, trainable, initialise)
+        if is_main:
+            raised = raised_rate(cfg, stored.get("num_steps"), cfg.num_steps, first_step, checkpoint_steps(folder))
+            print(_describe(cfg, state, first_step) + raised, flush=True)
+        if first_step >= cfg.num_steps:
+            return
 
-    stream = read(cfg, mesh, train, cfg.seed, first_step, cfg.num_workers)
-    batch = next(stream)
-    step_fn, compiled_in = compile_step(cfg, mesh, train_step, state, batch)
-    if is_main:
-        print(compiled_in, flush=True)
-    validate = Validation(cfg, mesh, evaluate, val)
-    writers = _writers(cfg, kind, folder, first_step, model_cfg) if is_main else Writers()
-    waiting, profiler, stop = Waiting(), Profiler(cfg.profile, folder), StopOnSignal()
-    speed = Speed(cfg.batch_size, clip_flops * cfg.batch_size, cfg.dtype, waiting)
-    reporter = Reporter(writers, speed, cfg.log_interval, cfg.num_steps)
-    try:
+        stream = stack.enter_context(closing(read(cfg, mesh, train, cfg.seed, first_step, cfg.num_workers)))
+        batch = next(stream)
+        step_fn, compiled_in = compile_step(cfg, mesh, train_step, state, batch)
+        if is_main:
+            print(compiled_in, flush=True)
+        validate = Validation(cfg, mesh, evaluate, val)
+        writers = _writers(cfg, kind, folder, first_step, model_cfg) if is_main else Writers()
+        stack.callback(writers.close)
+        waiting, profiler, stop = Waiting(), Profiler(cfg.profile, folder), StopOnSignal()
+        stack.callback(stop.restore)
+        speed = Speed(cfg.batch_size, clip_flops * cfg.batch_size, cfg.dtype, waiting)
+        reporter = Reporter(writers, speed, cfg.log_interval, cfg.num_steps)
         for step in range(first_step + 1, cfg.num_steps + 1):
             state, metrics = step_fn(state, batch, np.int32(step - 1))
             reporter.take(step, metrics)
@@ -177,12 +185,6 @@ def fit(
                 checkpoints.save(state, {"step": step, "batch": step, "seed": cfg.seed}, val_metrics)
             if stopping:
                 break
-    except DivergenceError as error:
-        raise _explained(error, checkpoints.latest()) from None
-    finally:
-        stop.restore()
-        writers.close()
-        checkpoints.close()  # without this the last save, which goes on in the background, would be lost
     if stopping and is_main:
         print(f"stopped by a signal after step {step}, which is saved; run again to resume", flush=True)
 
@@ -209,11 +211,13 @@ def restore_or_make(
     initialise(model)
     params, rest = state.split(nnx.state(model))
     # Nothing has been trained yet: a moving average starts from what is there.
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, state.averaged(params, rest))
     return jax.device_put(dataclasses.replace(state, params=params, rest=rest, ema=ema), shardings), 0
 
 
-def read(cfg: TrainConfig, mesh: Mesh, source: ClipSource, seed: int, first: int, num_workers: int) -> Iterator[Batch]:
+def read(
+    cfg: TrainConfig, mesh: Mesh, source: ClipSource, seed: int, first: int, num_workers: int
+) -> Generator[Batch, None, None]:
     """Batches from number `first` on, on the devices of the mesh."""
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     stream = batches(source, cfg.batch_size, seed, start=first, num_workers=num_workers, **processes)
@@ -228,8 +232,13 @@ def compile_step(
     The result takes (state, batch, number of the step, from 0), and gives up the state's memory to the next one.
     """
     root = jax.random.key(cfg.seed)
+
+    def whole_step(state: TrainState, batch: Batch, step: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = train_step(state, batch, jax.random.fold_in(root, step))
+        return state.move_average(cfg.ema_decay), metrics
+
     step_fn = jax.jit(
-        lambda state, batch, step: train_step(state, batch, jax.random.fold_in(root, step)),
+        whole_step,
         donate_argnums=() if cfg.debug_nans else 0,
         out_shardings=(state_sharding(mesh, state), None),
     )
@@ -248,7 +257,7 @@ class Validation:
         self.cfg, self.mesh, self.source = cfg, mesh, source
         root = jax.random.key(cfg.seed)
         self.evaluate = jax.jit(
-            lambda state, batch, i: evaluate(state.model(state.ema), batch, jax.random.fold_in(root, i)),
+            lambda state, batch, i: evaluate(state.best_model(), batch, jax.random.fold_in(root, i)),
             out_shardings=NamedSharding(mesh, PartitionSpec()),  # whole in every process, to be looked at
         )
 
@@ -268,10 +277,15 @@ class Validation:
         return sums, picture
 
 
-def _explained(error: DivergenceError, good: int) -> DivergenceError:
-    remedy = "Lower `learning_rate`, or find the cause with `debug_nans`"
-    message = f"{error}; stopped without saving. Checkpoints up to step {good} are good. {remedy}"
-    return DivergenceError(message, error.step, error.name, error.value)
+@contextmanager
+def _explaining(checkpoints: Checkpoints) -> Iterator[None]:
+    """Adds to a DivergenceError what is left and what to do."""
+    try:
+        yield
+    except DivergenceError as error:
+        left = f"stopped without saving. Checkpoints up to step {checkpoints.latest()} are good"
+        message = f"{error}; {left}. Lower `learning_rate`, or find the cause with `debug_nans`"
+        raise DivergenceError(message, error.step, error.name, error.value) from None
 
 
 def _check_batch(cfg: TrainConfig, mesh: Mesh) -> None:
