@@ -99,7 +99,11 @@ PRESETS = {
         TINY,
         model=dataclasses.replace(TINY.model, num_blocks=4),
         sampling=SamplingConfig(steps=1, temperature=0.5),
-        **{"batch_size": 4, "optimizer": "adamw", "learning_rate": 2e-3, "num_steps": 9500, "decay_steps": 4000},
+        batch_size=4,
+        optimizer="adamw",
+        learning_rate=2e-3,
+        num_steps=9500,
+        decay_steps=4000,
     ),
     "bench": Config(
         model=DynamicsConfig(width=128, num_heads=4, num_blocks=6),
@@ -107,15 +111,12 @@ PRESETS = {
         batch_size=4,
     ),
 }
-"""coinrun: the paper's, Appendix F; not run on a GPU yet.
-moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has run it.
-tiny: what `make demo` runs. small: deeper and trained for longer, as for worlds/coinrun-small. bench: for benchmarks/.
+"""coinrun: the paper's, Appendix F; moving: ours, of the same size, with decoders that move the last frame. Neither has
+run on a GPU yet. tiny: what `make demo` runs. small: as worlds/coinrun-small was trained. bench: for benchmarks/.
 """
 
 
-def loss_fn(
-    world: World, inputs: tuple[Batch, Any], source: ActionSource, train: bool = True
-) -> tuple[jax.Array, tuple]:
+def loss_fn(world: World, inputs: tuple[Batch, Any], source: ActionSource, train: bool = True) -> tuple:
     """The dynamics model's loss; for a LAM trained along, its own loss is added, which shares no parameter.
 
     Args:
