@@ -573,8 +573,9 @@ def save(folder, kind, cfg, model, seq_len):
     fields = {"config_version": CONFIG_VERSION, "kind": kind, "model": dataclasses.asdict(cfg)}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields | {"train": {"seq_len": seq_len, "data_dir": ""}}))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "1" / "model", nnx.to_pure_dict(nnx.state(model)))
+    with ocp.CheckpointManager(folder.absolute()) as manager:
+        values = ocp.args.StandardSave(nnx.to_pure_dict(nnx.state(model)))
+        manager.save(1, args=ocp.args.Composite(model=values))
     return folder
 
 

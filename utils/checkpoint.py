@@ -97,7 +97,7 @@ def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[st
             for name in sorted(old | new)
             if _differs(old, new, name) and name.split(".")[-1] not in HARMLESS | SPOKEN_OF
         ]
-        if differing and checkpoint_steps(folder):
+        if differing and all_steps(folder):
             raise InputError(
                 f"`ckpt_dir` {folder}: holds a training with another configuration ({'; '.join(differing)}); give the "
                 "stored values to resume it, or another `ckpt_dir`"
