@@ -59,20 +59,12 @@ class Config(TrainConfig):
     """How the world is sampled by default, as in the rollouts of a validation."""
 
 
+SIZE: dict[str, Any] = {"width": 128, "num_heads": 4, "rotary_space": True}
 TINY = Config(
     model=DynamicsConfig(
-        width=128, num_heads=4, num_blocks=2, rotary_space=True, action_token="add", sees_picture=True
+        **SIZE, num_blocks=2, action_token="add", sees_picture=True, picture_noise=0.05, picture_blur=0.5
     ),
-    lam=LAMConfig(
-        width=128,
-        num_heads=4,
-        num_blocks=1,
-        rotary_space=True,
-        patch_size=8,
-        num_codes=8,
-        unquantized_steps=250,
-        motion_reach=6,
-    ),
+    lam=LAMConfig(**SIZE, num_blocks=1, patch_size=8, num_codes=8, unquantized_steps=250, motion_reach=6),
     sampling=SamplingConfig(steps=2, temperature=0.0),
     batch_size=2,
     num_steps=700,
@@ -90,7 +82,7 @@ TINY = Config(
 PRESETS = {
     "coinrun": Config(),
     "moving": Config(
-        model=DynamicsConfig(rotary_space=True, sees_picture=True),
+        model=DynamicsConfig(rotary_space=True, sees_picture=True, picture_noise=0.05, picture_blur=0.5),
         lam=LAMConfig(rotary_space=True, num_codes=8, motion_reach=6),
         sampling=SamplingConfig(steps=2, temperature=0.0),
     ),
@@ -100,10 +92,11 @@ PRESETS = {
         model=dataclasses.replace(TINY.model, num_blocks=4),
         sampling=SamplingConfig(steps=1, temperature=0.5),
         batch_size=4,
-        optimizer="adamw",
-        learning_rate=2e-3,
-        num_steps=9500,
-        decay_steps=4000,
+        learning_rate=3e-3,
+        num_steps=5500,
+        decay_steps=3000,
+        val_interval=500,
+        checkpoint_interval=500,
     ),
     "bench": Config(
         model=DynamicsConfig(width=128, num_heads=4, num_blocks=6),
@@ -117,29 +110,28 @@ run on a GPU yet. tiny: what `make demo` runs. small: as worlds/coinrun-small wa
 
 
 def loss_fn(world: World, inputs: tuple[Batch, Any], source: ActionSource, train: bool = True) -> tuple:
-    """The dynamics model's loss; for a LAM trained along, its own loss is added, which shares no parameter.
-
-    Args:
-      inputs: A batch, and what was drawn for it (`Dynamics.draw`).
-    """
+    """The dynamics model's loss on a batch and what `Dynamics.draw` drew for it; that of a LAM trained along, which
+    shares no parameter with it, is added."""
     batch, drawn = inputs
-    tokens_BTN, frames = see(world, batch)
+    tokens_BTN, frames, last = see(world, batch, drawn)
     acted = source.actions(world, batch, frames, train)
-    loss, metrics = world.dynamics.loss(Seen(tokens_BTN, frames, acted.actions_BTm1), drawn)
+    loss, metrics = world.dynamics.loss(Seen(tokens_BTN, frames, last, acted.actions_BTm1), drawn)
     if acted.codes:
         metrics["lam_loss"] = jnp.asarray(acted.loss)
     return loss + acted.loss, (metrics, acted.codes)
 
 
-def see(world: World, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Tokens (B, T, N) and frames in [0, 1]; from a token dataset without, the frames that the tokens make."""
+def see(world: World, batch: Batch, drawn: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens (B, T, N), frames in [0, 1], and the pictures shown before them; stored tokens make those not stored."""
+    tokenizer, stored = world.tokenizer, batch.tokens_BTN
     if batch.frames_BTHWC is None:
-        tokens_BTN = batch.tokens_BTN.astype(jnp.int32)
-        return tokens_BTN, jnp.clip(world.tokenizer.decode(tokens_BTN).frames_BTHWC, 0, 1)
-    frames = batch.frames_BTHWC.astype(jnp.float32) / 255
-    if batch.tokens_BTN is not None:
-        return batch.tokens_BTN.astype(jnp.int32), frames
-    return jax.lax.stop_gradient(world.tokenizer.encode(frames)), frames
+        frames = jnp.clip(tokenizer.decode(stored.astype(jnp.int32)).frames_BTHWC, 0, 1)
+    else:
+        frames = batch.frames_BTHWC.astype(jnp.float32) / 255
+    last = world.dynamics.pictures_before(frames, drawn)
+    if stored is not None and not tokenizer.cfg.closed_loop:  # else they depend on what is shown
+        return stored.astype(jnp.int32), frames, last
+    return jax.lax.stop_gradient(tokenizer.encode(frames, last)), frames, last
 
 
 def draw(world: World, batch: Batch, key: jax.Array) -> tuple[Batch, Any]:
@@ -166,8 +158,9 @@ def train_step(
 
 def evaluate(world: World, batch: Batch, key: jax.Array, cfg: Config, source: ActionSource) -> tuple[dict, jax.Array]:
     """The loss, and how rollouts from the first frame go (`utils.metrics.rollout_quality`); shows truth over one."""
-    loss, (metrics, _) = loss_fn(world, draw(world, batch, key), source, train=False)
-    frames = see(world, batch)[1]
+    inputs = draw(world, batch, key)
+    loss, (metrics, _) = loss_fn(world, inputs, source, train=False)
+    frames = see(world, *inputs)[1]
     actions_BTm1 = source.actions(world, batch, frames, train=False).actions_BTm1
     random_BTm1 = jax.random.randint(key, actions_BTm1.shape, 0, world.num_actions)
     predicted, misled = (roll(world, frames[:, :1], a, key, cfg.sampling) for a in (actions_BTm1, random_BTm1))

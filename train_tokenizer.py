@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from models import flops
+from models.motion import Damage, draw_damage
 from models.tokenizer import Tokenizer, TokenizerConfig
 from utils.cli import run
 from utils.data import Batch, ClipSource
@@ -39,6 +40,9 @@ TINY = Config(
         codebook_decay=0.95,
         unquantized_steps=150,
         motion_reach=6,
+        closed_loop=True,
+        picture_blur=1.0,
+        picture_noise=0.05,
     ),
     batch_size=8,
     seq_len=4,
@@ -56,15 +60,16 @@ TINY = Config(
 )
 PRESETS = {
     "coinrun": Config(),
-    "moving": Config(model=TokenizerConfig(rotary_space=True, motion_reach=6)),
+    "moving": Config(
+        model=TokenizerConfig(rotary_space=True, motion_reach=6, closed_loop=True, picture_blur=1.0, picture_noise=0.05)
+    ),
     "tiny": TINY,
     "small": dataclasses.replace(
         TINY,
         model=dataclasses.replace(TINY.model, unquantized_steps=400),
-        optimizer="adamw",
-        learning_rate=1.5e-3,
-        num_steps=6000,
-        decay_steps=4000,
+        learning_rate=3e-3,
+        num_steps=4000,
+        decay_steps=2500,
         val_interval=1000,
         checkpoint_interval=500,
     ),
@@ -82,18 +87,28 @@ bench: for benchmarks/ only.
 """
 
 
-def loss_fn(model: Tokenizer, batch: Batch, cfg: Config) -> tuple[jax.Array, tuple]:
+def loss_fn(model: Tokenizer, inputs: tuple[Batch, Damage | None], cfg: Config) -> tuple[jax.Array, tuple]:
     """Mean squared error of the reconstruction, and commitment."""
+    batch, damage = inputs
     frames = batch.frames_BTHWC.astype(jnp.float32) / 255
-    out = model(frames, train=True)
+    out = model(frames, train=True, damage=damage)
     mse = jnp.mean(jnp.square(out.frames_BTHWC - frames))
     metrics = {"mse": mse, "commitment": out.commitment}
     return mse + cfg.commitment * out.commitment, (metrics, (out.latents_BTNL, out.tokens_BTN))
 
 
+def draw(batch: Batch, key: jax.Array, cfg: TokenizerConfig) -> tuple[Batch, Damage | None]:
+    """A batch with what is drawn for it as a whole, so that gradient accumulation changes nothing."""
+    if not cfg.closed_loop:
+        return batch, None
+    B, *frames_THWC = batch.frames_BTHWC.shape
+    return batch, draw_damage(key, B, tuple(frames_THWC), cfg.picture_blur, cfg.picture_noise)
+
+
 def train_step(state: TrainState, batch: Batch, key: jax.Array, cfg: Config) -> tuple[TrainState, dict]:
     """One update of the parameters by gradient, and of the codebook by moving average."""
-    grads, metrics, latents_and_tokens = gradients(lambda m, b: loss_fn(m, b, cfg), state, batch, cfg.grad_accum)
+    inputs = draw(batch, key, cfg.model)
+    grads, metrics, latents_and_tokens = gradients(lambda m, b: loss_fn(m, b, cfg), state, inputs, cfg.grad_accum)
     state, norms = apply_gradients(state, grads, cfg)
     model = state.model()
     model.vq.update(*latents_and_tokens, key)

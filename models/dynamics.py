@@ -16,7 +16,7 @@ from flax import nnx
 
 from models import flops, init
 from models.kernels import KV, products
-from models.motion import frames_before
+from models.motion import Damage, draw_damage, frames_before
 from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, patchify
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
@@ -40,6 +40,9 @@ class DynamicsConfig(STConfig):
     picture_noise: float = 0.1
     """In training, those pictures get noise of up to this standard deviation, where white is 1: in sampling they are
     the decoder's own."""
+    picture_blur: float = 0.0
+    """In training, those pictures are blurred as well, by up to this; 1 is about a pixel. It helps only where the
+    tokenizer's loop is closed, since its tokens then mend the picture."""
     num_codes: Annotated[int, tyro.conf.Suppress] = 1024
     """Codes of the tokenizer, set from its checkpoint."""
     num_patches: Annotated[int, tyro.conf.Suppress] = 256
@@ -57,11 +60,13 @@ class Seen(NamedTuple):
 
     tokens_BTN: int32, the tokenizer's.
     frames_BTHWC: In [0, 1]; from a token dataset without, the frames that the tokens make.
+    last_BTHWC: For each frame the picture before it as the model is shown it; see `Dynamics.pictures_before`.
     actions_BTm1: int32; entry t leads from frame t to frame t + 1.
     """
 
     tokens_BTN: jax.Array
     frames_BTHWC: jax.Array
+    last_BTHWC: jax.Array
     actions_BTm1: jax.Array
 
 
@@ -85,6 +90,10 @@ class Dynamics(nnx.Module):
     def draw(cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int) -> Any:
         """What training draws for a batch as a whole: a tree of batch-first arrays, so that it can be cut in parts."""
         raise NotImplementedError
+
+    def pictures_before(self, frames_BTHWC: jax.Array, drawn: Any) -> jax.Array:
+        """For each frame in [0, 1] the one before it, as training shows it to the model."""
+        return frames_before(frames_BTHWC)
 
     def loss(self, seen: Seen, drawn: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of clips, a mean over them, and metrics; `drawn` is theirs of what `draw` gave."""
@@ -142,12 +151,12 @@ class Hidden(NamedTuple):
 
     hidden_BTN: Which tokens are to be predicted; none of the first frame, which is always a prompt.
     weight_B: 1 over their share in the whole batch.
-    noise_BTHWC: What is added to the last pictures; None where the model does not see them.
+    damage: Of the last pictures; None where the model does not see them.
     """
 
     hidden_BTN: jax.Array
     weight_B: jax.Array
-    noise_BTHWC: jax.Array | None
+    damage: Damage | None
 
 
 class TokenDynamics(Dynamics):
@@ -234,20 +243,19 @@ class TokenDynamics(Dynamics):
     def draw(cls, cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int) -> Hidden:
         hidden_BTN = cls.hide(cfg, key, num_clips, num_frames).at[:, 0].set(False)
         weight = 1.0 / jnp.maximum(jnp.mean(hidden_BTN), 1e-6)
-        noise_BTHWC = None
+        damage = None
         if cfg.sees_picture:
-            level_key, noise_key = jax.random.split(jax.random.fold_in(key, 0))
-            level_BT111 = cfg.picture_noise * jax.random.uniform(level_key, (num_clips, num_frames, 1, 1, 1))
-            noise_BTHWC = level_BT111 * jax.random.normal(noise_key, (num_clips, num_frames, *cfg.frame_shape))
-        return Hidden(hidden_BTN, jnp.full(num_clips, weight), noise_BTHWC)
+            damage = draw_damage(key, num_clips, (num_frames, *cfg.frame_shape), cfg.picture_blur, cfg.picture_noise)
+        return Hidden(hidden_BTN, jnp.full(num_clips, weight), damage)
+
+    def pictures_before(self, frames_BTHWC: jax.Array, drawn: Hidden) -> jax.Array:
+        last_BTHWC = frames_before(frames_BTHWC)
+        return drawn.damage(last_BTHWC) if drawn.damage else last_BTHWC
 
     def loss(self, seen: Seen, drawn: Hidden) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of the hidden tokens, in nats, and the share that is guessed right."""
-        last_BTHWC = None
-        if drawn.noise_BTHWC is not None:
-            last_BTHWC = frames_before(seen.frames_BTHWC) + drawn.noise_BTHWC
         actions_BT = actions_to(seen.actions_BTm1)
-        out = self(seen.tokens_BTN, drawn.hidden_BTN, actions_BT, last_BTHWC=last_BTHWC)
+        out = self(seen.tokens_BTN, drawn.hidden_BTN, actions_BT, last_BTHWC=seen.last_BTHWC)
         nll_BTN, hits_BTN = masked_cross_entropy(out.logits_BTNK, seen.tokens_BTN, drawn.hidden_BTN)
         weight_B11 = drawn.weight_B[:, None, None]
         loss = jnp.mean(nll_BTN * weight_B11)

@@ -67,11 +67,13 @@ def tokenizer_decode(cfg: "TokenizerConfig", num_frames: int, past: int = 0) -> 
 def tokenizer_step(cfg: "TokenizerConfig", num_frames: int) -> int:
     """Of a training step for one clip, forward and backward; the search for the nearest code has no backward pass.
 
-    Nor has a moving decoder's first pass, over all frames but the last, whose pictures the second one moves.
+    Nor has a moving decoder's first pass, over all frames but the last, whose pictures the second one moves; if the
+    loop is closed, the encoder runs before both.
     """
     search = dense(cfg.num_patches * num_frames, cfg.code_width, cfg.num_codes)
     encode, decode = tokenizer_encode(cfg, num_frames), tokenizer_decode(cfg, num_frames)
     first = tokenizer_decode(cfg, num_frames - 1) if cfg.motion_reach else 0
+    first += encode if cfg.closed_loop else 0
     return 3 * (encode + decode) - 2 * search + first
 
 

@@ -5,6 +5,8 @@ which an action predicts. The paper's decoders make each frame anew; that is a r
 is used.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,45 @@ WAYS = 2
 def frames_before(frames_BTHWC: jax.Array) -> jax.Array:
     """For each frame in [0, 1] the one before it, in the same shape; grey before the first."""
     return jnp.pad(frames_BTHWC[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)), constant_values=0.5)
+
+
+class Damage(NamedTuple):
+    """What training does to the pictures that a model is shown, so that it learns to mend its own.
+
+    blur_BT: From 0, as they are, by 0.5, once (1, 2, 1) / 4 along rows and columns, to 1, three times; None: no blur.
+    noise_BTHWC: What is added.
+    """
+
+    blur_BT: jax.Array | None
+    noise_BTHWC: jax.Array
+
+    def __call__(self, frames_BTHWC: jax.Array) -> jax.Array:
+        """The damaged frames, in the same shape; noise may leave [0, 1]."""
+        if self.blur_BT is not None:
+            once = softened(frames_BTHWC)
+            level = 2.0 * self.blur_BT[:, :, None, None, None]
+            frames_BTHWC += jnp.minimum(level, 1.0) * (once - frames_BTHWC)
+            frames_BTHWC += jnp.maximum(level - 1.0, 0.0) * (softened(softened(once)) - frames_BTHWC)
+        return frames_BTHWC + self.noise_BTHWC
+
+
+def draw_damage(key: jax.Array, num_clips: int, frames_THWC: tuple[int, ...], blur: float, noise: float) -> Damage:
+    """Draws how each frame is damaged: evenly up to a blur, and to a standard deviation of the noise."""
+    level_key, noise_key = jax.random.split(jax.random.fold_in(key, 0))
+    level_BT111 = noise * jax.random.uniform(level_key, (num_clips, frames_THWC[0], 1, 1, 1))
+    noise_BTHWC = level_BT111 * jax.random.normal(noise_key, (num_clips, *frames_THWC))
+    if not blur:
+        return Damage(None, noise_BTHWC)
+    blur_BT = blur * jax.random.uniform(jax.random.fold_in(key, 1), (num_clips, frames_THWC[0]))
+    return Damage(blur_BT, noise_BTHWC)
+
+
+def softened(frames_BTHWC: jax.Array) -> jax.Array:
+    """Each pixel mixed with its neighbours, by (1, 2, 1) / 4 along rows and along columns; edges go on."""
+    H, W = frames_BTHWC.shape[2:4]
+    x = jnp.pad(frames_BTHWC, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    x = 0.25 * (x[:, :, :H] + 2.0 * x[:, :, 1:-1] + x[:, :, 2:])
+    return 0.25 * (x[:, :, :, :W] + 2.0 * x[:, :, :, 1:-1] + x[:, :, :, 2:])
 
 
 class MotionHead(nnx.Module):

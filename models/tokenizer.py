@@ -12,8 +12,9 @@ from models import init
 from models.errors import InputError
 from models.fsq import check_levels, quantizer
 from models.kernels import KV
-from models.motion import MotionHead, frames_before
+from models.motion import Damage, MotionHead, frames_before
 from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, num_patches, patchify, unpatchify
+from models.vq import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,13 @@ class TokenizerConfig(STConfig):
     num_codes and whose count code_width; none for a learned codebook."""
     motion_reach: int = 0
     """Pixels by which the decoder can move the last frame, patch by patch; 0: it makes each anew, as in the paper."""
+    closed_loop: bool = False
+    """Of a decoder that moves the last frame: tokens say how a frame differs from the picture that was really shown
+    before it, the decoder's own, and not from the true one; so they also mend it, and nothing drifts."""
+    picture_blur: float = 0.0
+    """With a closed loop: in training, the decoder's own pictures are blurred by up to this; 1 is about a pixel."""
+    picture_noise: float = 0.0
+    """… and get noise of up to this standard deviation, where white is 1."""
     frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
     """(H, W, C), set from the dataset."""
 
@@ -49,6 +57,10 @@ class TokenizerConfig(STConfig):
         check_levels(self)
         if self.motion_reach < 0:
             raise InputError(f"`motion_reach` {self.motion_reach}: must be 0 or more pixels", of=type(self))
+        if self.closed_loop and not self.motion_reach:
+            raise InputError(
+                "`closed_loop`: needs a `motion_reach`; other decoders do not see the last picture", of=type(self)
+            )
 
     @property
     def num_patches(self) -> int:
@@ -59,6 +71,17 @@ class TokenizerConfig(STConfig):
     def columns(self) -> int:
         """Tokens in a row of a frame."""
         return -(-self.frame_shape[1] // self.patch_size)
+
+
+class Encoded(NamedTuple):
+    """What the encoder makes of frames.
+
+    latents_BTNL: Not yet quantised.
+    time: Keys and values along time, stacked over blocks; None unless asked for.
+    """
+
+    latents_BTNL: jax.Array
+    time: KV | None
 
 
 class Decoded(NamedTuple):
@@ -112,26 +135,41 @@ class Tokenizer(nnx.Module):
         else:
             self.patch_out = linear(cfg.width, channels, compute, rngs, bias=True)
 
-    def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> Reconstruction:
-        """Encodes, quantises and decodes frames in [0, 1]; in training, a moving decoder from its own last pictures."""
-        quantized = self.vq(self._latents(frames_BTHWC), train)
+    def __call__(self, frames_BTHWC: jax.Array, train: bool = False, damage: Damage | None = None) -> Reconstruction:
+        """Encodes, quantises and decodes frames in [0, 1]; in training, a moving decoder from its own last pictures.
+
+        Args:
+          damage: In training with a closed loop, of these pictures.
+        """
+        if self.cfg.closed_loop and not train:
+            return self._follow(frames_BTHWC)
+        last_BTHWC = frames_before(frames_BTHWC)
+        quantized = self.vq(self._latents(frames_BTHWC, last_BTHWC).latents_BTNL, train)
         if self.cfg.motion_reach and not train:
             out = self._unroll(quantized.vectors_XL)
         else:
-            last_BTHWC = frames_before(frames_BTHWC)
             if self.cfg.motion_reach:
                 # As in a rollout: what the decoder moves is what it has made itself. Nothing follows the last frame.
                 own_BTm1HWC = self._decode(quantized.vectors_XL[:, :-1], last_BTHWC[:, :-1]).frames_BTHWC
                 own_BTm1HWC = jnp.clip(jax.lax.stop_gradient(own_BTm1HWC), 0.0, 1.0)
                 last_BTHWC = jnp.concatenate([last_BTHWC[:, :1], own_BTm1HWC], axis=1)
+            if self.cfg.closed_loop:
+                if damage:
+                    last_BTHWC = damage(last_BTHWC)
+                quantized = self.vq(self._latents(frames_BTHWC, last_BTHWC).latents_BTNL, train)
             out = self._decode(quantized.vectors_XL, last_BTHWC)
-        return Reconstruction(
-            out.frames_BTHWC, quantized.codes_X, quantized.latents_XL, quantized.commitment, out.hidden_BTNM
-        )
+        return _reconstruction(quantized, out)
 
-    def encode(self, frames_BTHWC: jax.Array) -> jax.Array:
-        """Frames in [0, 1] to tokens (B, T, N)."""
-        return self.vq(self._latents(frames_BTHWC)).codes_X
+    def encode(self, frames_BTHWC: jax.Array, last_BTHWC: jax.Array | None = None) -> jax.Array:
+        """Frames in [0, 1] to tokens (B, T, N).
+
+        Args:
+          last_BTHWC: For each frame the picture that will be shown before it, if that is not the true one; of no
+            account unless the loop is closed.
+        """
+        if last_BTHWC is None or not self.cfg.closed_loop:
+            last_BTHWC = frames_before(frames_BTHWC)
+        return self.vq(self._latents(frames_BTHWC, last_BTHWC).latents_BTNL).codes_X
 
     def decode(self, tokens_BTN: jax.Array) -> Decoded:
         """Tokens of a clip to frames, from these alone: a moving decoder begins with grey, then moves its own."""
@@ -149,13 +187,16 @@ class Tokenizer(nnx.Module):
         """
         return self._decode(self.vq.lookup(tokens_BTN), last_BTHWC, past, keep)
 
-    def _latents(self, frames_BTHWC: jax.Array) -> jax.Array:
+    def _latents(
+        self, frames_BTHWC: jax.Array, last_BTHWC: jax.Array, past: Past | None = None, keep: bool = False
+    ) -> Encoded:
         patches_BTNP = patchify(frames_BTHWC, self.cfg.patch_size)
         seen = 2.0 * patches_BTNP - 1.0
         if self.cfg.motion_reach:
-            change_BTNP = patches_BTNP - patchify(frames_before(frames_BTHWC), self.cfg.patch_size)
+            change_BTNP = patches_BTNP - patchify(last_BTHWC, self.cfg.patch_size)
             seen = jnp.concatenate([seen, 4.0 * change_BTNP], axis=-1)
-        return self.code_in(self.encoder(self.patch_in(seen) + self.encoder_position_NM[...]).x_BTNM)
+        x_BTNM, time, _ = self.encoder(self.patch_in(seen) + self.encoder_position_NM[...], past, keep)
+        return Encoded(self.code_in(x_BTNM), time)
 
     def _decode(
         self, codes_BTNL: jax.Array, last_BTHWC: jax.Array | None, past: Past | None = None, keep: bool = False
@@ -174,6 +215,28 @@ class Tokenizer(nnx.Module):
             frames_BTHWC = unpatchify(patches_BTNP, self.cfg.patch_size, self.cfg.frame_shape)
         return Decoded(frames_BTHWC, hidden_BTNM, time)
 
+    def _follow(self, frames_BTHWC: jax.Array) -> Reconstruction:
+        """Encodes and decodes frame by frame, each against the picture that was made of the ones before."""
+        B, T = frames_BTHWC.shape[:2]
+        N = self.cfg.num_patches
+        grey_B1HWC = jnp.full((B, 1, *self.cfg.frame_shape), 0.5)
+        caches = self.encoder.empty_cache(B, N, T), self.decoder.empty_cache(B, N, T)
+
+        def one(carry: tuple[KV, KV, jax.Array], step: tuple[jax.Array, jax.Array]) -> tuple[tuple, Reconstruction]:
+            (encoded, decoded, last_B1HWC), (frame, now_BHWC) = carry, step
+            latents_B1NL, time = self._latents(now_BHWC[:, None], last_B1HWC, Past(encoded, frame), keep=True)
+            quantized = self.vq(latents_B1NL)
+            out = self._decode(quantized.vectors_XL, last_B1HWC, Past(decoded, frame), keep=True)
+            assert time
+            assert out.time
+            shown_B1HWC = jnp.clip(out.frames_BTHWC, 0.0, 1.0)
+            carry = encoded.write(time, frame), decoded.write(out.time, frame), shown_B1HWC
+            return carry, _reconstruction(quantized, out)
+
+        _, made = jax.lax.scan(one, (*caches, grey_B1HWC), (jnp.arange(T), frames_BTHWC.swapaxes(0, 1)))
+        whole = Reconstruction(*(x[:, :, 0].swapaxes(0, 1) if x.ndim > 1 else x for x in made))
+        return whole._replace(commitment=jnp.mean(made.commitment))
+
     def _unroll(self, codes_BTNL: jax.Array) -> Decoded:
         """Decodes frame by frame, each after the ones before it."""
         B, T, N, _ = codes_BTNL.shape
@@ -190,3 +253,9 @@ class Tokenizer(nnx.Module):
         steps = jnp.arange(T), codes_BTNL.swapaxes(0, 1)
         (cache, _), (frames, hidden) = jax.lax.scan(one, (cache, grey_B1HWC), steps)
         return Decoded(frames.swapaxes(0, 1), hidden.swapaxes(0, 1), cache)
+
+
+def _reconstruction(quantized: Quantized, out: Decoded) -> Reconstruction:
+    return Reconstruction(
+        out.frames_BTHWC, quantized.codes_X, quantized.latents_XL, quantized.commitment, out.hidden_BTNM
+    )

@@ -78,6 +78,8 @@ def write_tokens(options: TokenOptions) -> None:
     _check("tokenizer", tokenizer, 2**16, metadata.frame_shape, options.data_dir)
     if lam:
         _check("lam", lam, 2**8, metadata.frame_shape, options.data_dir)
+    if tokenizer.cfg.closed_loop:
+        print("note: tokens of a closed loop depend on the pictures shown, so training encodes anew; the LAM is saved")
     encode = _encoder(tokenizer, lam, options.batch_size)
 
     splits: dict[str, tuple[Shard, ...]] = {}

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import train_dynamics
 from models.dynamics import DynamicsConfig
 from models.errors import InputError
 from models.genie import World, WorldConfig
 from models.kernels import rotate_space
 from models.lam import LAM, LAMConfig
-from models.motion import MotionHead, frames_before, moved_patches
+from models.motion import Damage, MotionHead, draw_damage, frames_before, moved_patches
 from models.nn import Compute, Past, patchify
 from models.sampling import SamplingConfig, next_frame, rollout, start_rollout
 from models.tokenizer import Tokenizer, TokenizerConfig
 from tests.test_models import influence
+from utils.data import Batch
 
 SIZE = {"width": 16, "num_heads": 2, "num_blocks": 2, "rotary_space": True}
 SHAPE = (8, 12, 3)
@@ -73,7 +75,8 @@ def test_a_new_head_shows_the_last_frame_nearly():
 def test_a_moving_decoder_sees_no_later_frame():
     model = Tokenizer(TOKENIZER, Compute(), nnx.Rngs(0))
     T = FRAMES.shape[1]
-    np.testing.assert_array_equal(influence(model._latents, FRAMES), np.tril(np.ones((T, T), bool)))
+    latents = lambda x: model._latents(x, frames_before(x)).latents_BTNL
+    np.testing.assert_array_equal(influence(latents, FRAMES), np.tril(np.ones((T, T), bool)))
     tokens = model.encode(FRAMES)
     given = influence(lambda last: model.decode_after(tokens, last).frames_BTHWC, FRAMES)
     np.testing.assert_array_equal(given, np.tril(np.ones((T, T), bool)))
@@ -113,6 +116,66 @@ def test_training_decodes_from_the_decoders_own_last_pictures():
     assert jnp.abs(first - second).max() > 1e-3
 
 
+CLOSED = dataclasses.replace(TOKENIZER, closed_loop=True)
+
+
+def test_in_a_closed_loop_each_frame_is_encoded_against_the_picture_made_before_it():
+    model = Tokenizer(CLOSED, Compute(), nnx.Rngs(0))
+    made = model(FRAMES)
+    shown = frames_before(jnp.clip(made.frames_BTHWC, 0, 1))
+    np.testing.assert_array_equal(model.encode(FRAMES, shown), made.tokens_BTN)
+    assert jnp.any(model.encode(FRAMES) != made.tokens_BTN)
+    np.testing.assert_allclose(model.decode(made.tokens_BTN).frames_BTHWC, made.frames_BTHWC, atol=1e-5)
+    np.testing.assert_allclose(model.decode_after(made.tokens_BTN, shown).frames_BTHWC, made.frames_BTHWC, atol=1e-5)
+    seen = influence(lambda x: model(x).frames_BTHWC, FRAMES)
+    np.testing.assert_array_equal(seen, np.tril(np.ones((5, 5), bool)))
+
+
+def test_only_a_closed_loop_looks_at_what_is_shown():
+    model = Tokenizer(TOKENIZER, Compute(), nnx.Rngs(0))
+    np.testing.assert_array_equal(model.encode(FRAMES, FRAMES), model.encode(FRAMES))
+
+
+def test_training_with_a_closed_loop_mends_damaged_pictures():
+    model = Tokenizer(CLOSED, Compute(), nnx.Rngs(0))
+    damage = draw_damage(jax.random.key(1), FRAMES.shape[0], FRAMES.shape[1:], 1.0, 0.1)
+    own = model.decode_after(model.encode(FRAMES), frames_before(FRAMES)).frames_BTHWC
+    shown = damage(frames_before(jnp.clip(own, 0, 1)))
+    out = model(FRAMES, train=True, damage=damage)
+    np.testing.assert_array_equal(out.tokens_BTN, model.encode(FRAMES, shown))
+    np.testing.assert_allclose(out.frames_BTHWC, model.decode_after(out.tokens_BTN, shown).frames_BTHWC, atol=1e-5)
+    assert jnp.any(out.tokens_BTN != model(FRAMES, train=True).tokens_BTN)
+
+
+def test_damage_blurs_by_degrees_and_adds_noise():
+    point = jnp.zeros((1, 1, 7, 7, 1)).at[0, 0, 3, 3].set(1.0)
+    kernel = np.array([1.0, 2.0, 1.0]) / 4
+    thrice = np.convolve(np.convolve(kernel, kernel), kernel)
+    for level, line in ((0.5, np.pad(kernel, 2)), (1.0, thrice)):
+        blurred = Damage(jnp.full((1, 1), level), jnp.zeros_like(point))(point)
+        np.testing.assert_allclose(blurred[0, 0, :, :, 0], np.outer(line, line), atol=1e-6)
+    plain = Damage(jnp.ones((2, 5)), jnp.zeros_like(FRAMES))(jnp.full_like(FRAMES, 0.3))
+    np.testing.assert_allclose(plain, 0.3, atol=1e-6)  # edges go on
+    drawn = draw_damage(jax.random.key(0), 200, (3, *SHAPE), 0.5, 0.0)
+    assert not drawn.noise_BTHWC.any()
+    assert 0.48 < drawn.blur_BT.max() <= 0.5
+    assert drawn.blur_BT.min() < 0.02
+
+
+def test_the_dynamics_model_learns_tokens_of_the_pictures_that_it_is_shown():
+    cfg = dataclasses.replace(CONFIG, tokenizer=CLOSED)
+    world = World(cfg, Compute(), nnx.Rngs(0))
+    batch = Batch(frames_BTHWC=(255 * FRAMES).astype(jnp.uint8))
+    batch, drawn = train_dynamics.draw(world, batch, jax.random.key(0))
+    tokens, frames, last = train_dynamics.see(world, batch, drawn)
+    np.testing.assert_allclose(last, frames_before(frames) + drawn.damage.noise_BTHWC, atol=1e-6)
+    np.testing.assert_array_equal(tokens, world.tokenizer.encode(frames, last))
+    stored = batch._replace(tokens_BTN=jnp.zeros_like(tokens))
+    np.testing.assert_array_equal(train_dynamics.see(world, stored, drawn)[0], tokens)  # not the stored ones
+    opened = World(CONFIG, Compute(), nnx.Rngs(0))
+    assert not train_dynamics.see(opened, stored, drawn)[0].any()
+
+
 @pytest.mark.parametrize("kind", ["maskgit", "causal"])
 def test_a_rollout_moves_the_prompt_and_then_its_own_pictures(kind):
     world = World(
@@ -142,12 +205,12 @@ def test_the_dynamics_model_sees_the_last_picture_and_no_later_one():
 
 def test_pictures_get_noise_in_training_alone():
     drawn = type(World(CONFIG, Compute(), nnx.Rngs(0)).dynamics).draw(DYNAMICS, jax.random.key(0), 400, 3)
-    spread = np.asarray(drawn.noise_BTHWC).std(axis=(2, 3, 4)).reshape(-1)
+    spread = np.asarray(drawn.damage.noise_BTHWC).std(axis=(2, 3, 4)).reshape(-1)
     assert 0.09 < spread.max() < 0.12
     assert abs(spread.mean() - 0.05) < 0.005
     plain = dataclasses.replace(DYNAMICS, sees_picture=False)
     world = World(dataclasses.replace(CONFIG, dynamics=plain), Compute(), nnx.Rngs(0))
-    assert world.dynamics.draw(plain, jax.random.key(0), 2, 3).noise_BTHWC is None
+    assert world.dynamics.draw(plain, jax.random.key(0), 2, 3).damage is None
 
 
 def test_space_is_rotated_by_row_and_column():
