@@ -43,6 +43,9 @@ class Clip:
     clip_id: Unique in its dataset.
     tokens_TN: uint16; None in a dataset of frames.
     latent_actions_T: uint8, aligned like `actions_T`, the last one 0; None without a LAM.
+    terminated_T: bool or None; whether `actions_T[t]` ended the episode or its level, by death, goal or otherwise.
+    truncated_T: bool or None; whether `actions_T[t]` was the last one because time was up.
+    success: Whether the level that the clip is from was solved in the end; None where that is not known.
     """
 
     frames_THWC: np.ndarray | None
@@ -52,6 +55,9 @@ class Clip:
     level_seed: int | None = None
     tokens_TN: np.ndarray | None = None
     latent_actions_T: np.ndarray | None = None
+    terminated_T: np.ndarray | None = None
+    truncated_T: np.ndarray | None = None
+    success: bool | None = None
 
     def __len__(self) -> int:
         """Frames."""
@@ -75,11 +81,15 @@ def encode_clip(clip: Clip) -> bytes:
         ("actions", clip.actions_T, "<i4"),
         ("rewards", clip.rewards_T, "<f4"),
         ("latent_actions", clip.latent_actions_T, "u1"),
+        ("terminated", clip.terminated_T, "u1"),
+        ("truncated", clip.truncated_T, "u1"),
     ):
         if values is not None:
             if len(values) != len(clip):
                 raise ValueError(f"{len(values)} {name} for {len(clip)} frames")
             record[name] = np.asarray(values, dtype).tobytes()
+    if clip.success is not None:
+        record["success"] = clip.success
     return msgpack.packb(record)
 
 
@@ -112,6 +122,9 @@ def decode_clip(record: bytes, source: str = "record") -> Clip:
             level_seed=fields.get("level_seed"),
             tokens_TN=tokens,
             latent_actions_T=array("latent_actions", "u1"),
+            terminated_T=array("terminated", "?"),
+            truncated_T=array("truncated", "?"),
+            success=fields.get("success"),
         )
     except InputError:
         raise
@@ -177,6 +190,8 @@ class Metadata:
     tokens: Of a token dataset; None where there are frames.
     same_actions: Names of actions that always do what another one does, each with the other one's name.
     idle_action: Name of the action that does nothing, or None.
+    levels: Of a recorded dataset: how many levels "ended", how many were "solved" (None where that is not told), and
+      the mean of the "rewards" earned in one (None where none ended); None where it is not known.
     """
 
     environment: str
@@ -188,6 +203,7 @@ class Metadata:
     tokens: TokenInfo | None = None
     same_actions: dict[str, str] = dataclasses.field(default_factory=dict)
     idle_action: str | None = None
+    levels: dict[str, Any] | None = None
 
     @property
     def num_actions(self) -> int:
@@ -240,6 +256,7 @@ def read_metadata(folder: str | Path) -> Metadata:
             tokens=TokenInfo(**tokens) if tokens else None,
             same_actions=dict(fields.get("same_actions", {})),
             idle_action=fields.get("idle_action"),
+            levels=fields.get("levels"),
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged metadata ({error!r}); generate the data again") from error
