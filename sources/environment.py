@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from models.errors import InputError
+from utils.actions import ActionColumn
 
 EPISODE_STEPS = 1000
 
@@ -97,7 +98,8 @@ class Recording(NamedTuple):
     """What a batch of B environments did in T = EPISODE_STEPS time steps.
 
     frames_BTHWC: uint8, the frame before each action.
-    actions_BT: int32; `actions_BT[:, t]` leads from frame t to frame t + 1.
+    actions_BT: int32; `actions_BT[:, t]` leads from frame t to frame t + 1. Beyond one integer (B, T, A), of the type
+      that `Metadata.action_dtype` tells.
     rewards_BT: float32, earned by the action.
     first_BT: bool, whether the frame is the first of a level; true at t = 0. Clips are cut there.
     levels_BT: int32, the seed of the level that the frame shows; None where there is no such thing.
@@ -117,12 +119,13 @@ class Recording(NamedTuple):
 
 
 class Environment(ABC):
-    """Something to be played, with discrete actions.
+    """Something to be played.
 
     name: What --env and metadata.json call it.
     frame_shape: (height, width, 3) of its frames.
     fps: Frames per second at which it plays naturally.
-    action_names: Names of the actions 0, 1, ...
+    action_names: Names of the actions 0, 1, ...; none where an action is more than one integer.
+    action_columns: What such actions say.
     same_actions: Names of actions that always do what another one does, each with the other one's name.
     idle_action: Name of the action that does nothing, if there is one.
     policies: The ways to act that it has (`RecordingOptions.policy`).
@@ -134,6 +137,7 @@ class Environment(ABC):
     frame_shape: tuple[int, int, int]
     fps: float
     action_names: tuple[str, ...]
+    action_columns: tuple[ActionColumn, ...] = ()
     same_actions: Mapping[str, str] = MappingProxyType({})
     idle_action: str | None = None
     policies: tuple[str, ...] = ("uniform", "sticky")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from models.errors import InputError
 from sources.environment import EPISODE_STEPS, GYMNASIUM_OPTIONS, Environment, Recording, RecordingOptions
-from sources.policies import choose_actions
+from sources.spaces import choose, handed_over, space_of
 
 # Seeds of a reset, so far apart that no split of any dataset shares one with another split of any other.
 FIRST_SEED = {"train": 0, "val": 2**29, "test": 2**30}
@@ -25,18 +25,10 @@ ATARI_FPS = 60.0  # of the screen; one time step is a few of its frames
 # environment replaces some unseen, no world can learn what an action does. `sticky_actions` records what was done.
 PACKAGES = {"ALE/": "ale_py", "MinAtar/": "minatar.gym"}
 NOT_STICKY = {"ALE/": {"repeat_action_probability": 0.0}, "MinAtar/": {"sticky_action_prob": 0.0}}
-# Names of actions where the environment itself has none, by the beginning of its ID.
-ACTION_NAMES = {
-    "CarRacing": ("NOOP", "RIGHT", "LEFT", "GAS", "BRAKE"),
-    "CartPole": ("LEFT", "RIGHT"),
-    "LunarLander": ("NOOP", "LEFT ENGINE", "MAIN ENGINE", "RIGHT ENGINE"),
-    "MountainCar": ("LEFT", "NOOP", "RIGHT"),
-}
-MINATAR_NAMES = {"n": "NOOP", "l": "LEFT", "u": "UP", "r": "RIGHT", "d": "DOWN", "f": "FIRE"}
 
 
 class Gymnasium(Environment):
-    """An environment of Gymnasium with discrete actions; its seeds are the levels.
+    """An environment of Gymnasium; its seeds are the levels.
 
     What is shown is the observation where that is a picture, else what `render` draws.
 
@@ -57,7 +49,8 @@ class Gymnasium(Environment):
         options.expect("num_levels", 1 <= options.num_levels <= MAX_SEEDS, f"1 to {MAX_SEEDS}")
         env = self._make(options)
         try:
-            self.action_names = self._names(env)
+            space = space_of(id, env)
+            self.action_names, self.action_columns = space.names or (), space.columns
             self.fps = self._rate(env, options)
             env.reset(seed=0)
             self._frame(env, env.reset(seed=0)[0])
@@ -73,8 +66,7 @@ class Gymnasium(Environment):
     def play(self, options: RecordingOptions, split: str, num_envs: int, rng: np.random.Generator) -> Recording:
         B, T = num_envs, EPISODE_STEPS
         env = self._make(options)
-        first_action = int(env.action_space.start)
-        actions_BT = choose_actions(options.policy, [1.0] * len(self.action_names), rng, B, T)
+        actions_BT = choose(env.action_space, options.policy, rng, B, T)
         repeated_BT = rng.random((B, T)) < options.sticky_actions
         frames_BTHWC = np.empty((B, T, *self.frame_shape), np.uint8)
         rewards_BT = np.zeros((B, T), np.float32)
@@ -91,8 +83,9 @@ class Gymnasium(Environment):
                     actions_BT[b, t] = actions_BT[b, t - 1]
                 first_BT[b, t], levels_BT[b, t] = over, level
                 frames_BTHWC[b, t] = self._frame(env, observation)
+                action = handed_over(env.action_space, actions_BT[b, t])
                 for _ in range(steps):
-                    observation, reward, terminated, truncated, _ = env.step(first_action + int(actions_BT[b, t]))
+                    observation, reward, terminated, truncated, _ = env.step(action)
                     rewards_BT[b, t] += reward
                     over = bool(terminated or truncated)
                     if over:
@@ -119,27 +112,6 @@ class Gymnasium(Environment):
         except (gymnasium.error.Error, ImportError, TypeError, ValueError, AssertionError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"`env` {self.name}: cannot be made ({reason})") from error
-
-    def _names(self, env: Any) -> tuple[str, ...]:
-        """Names of the actions, or their numbers where the environment has none."""
-        space, inner = env.action_space, env.unwrapped
-        if type(space).__name__ != "Discrete":
-            raise InputError(
-                f"`env` {self.name}: its actions are {space}; expected discrete ones (CarRacing: `env_kwargs` "
-                "continuous=False)"
-            )
-        num_actions = int(space.n)
-        names: list[str] = []
-        if hasattr(inner, "get_action_meanings"):
-            names = list(inner.get_action_meanings())
-        elif self.id.startswith("MinAtar/"):
-            names = [MINATAR_NAMES[inner.game.env.action_map[action]] for action in inner.action_set]
-        elif isinstance(getattr(inner, "actions", None), type):  # MiniGrid's and others' are an enumeration
-            names = [str(action.name).upper() for action in inner.actions]
-        for prefix, known in ACTION_NAMES.items():
-            if not names and self.id.rpartition(":")[2].startswith(prefix):
-                names = list(known)
-        return tuple(names) if len(names) == num_actions else tuple(map(str, range(num_actions)))
 
     def _rate(self, env: Any, options: RecordingOptions) -> float:
         """Frames per second."""

@@ -20,7 +20,12 @@ def choose_actions(
     if policy == "uniform":
         return rng.integers(num_actions, size=shape, dtype=np.int32)
     weights = np.array(weights_A)
-    choices_BT = rng.choice(num_actions, shape, p=weights / weights.sum()).astype(np.int32)
+    return hold(rng.choice(num_actions, shape, p=weights / weights.sum()).astype(np.int32), rng)
+
+
+def hold(choices_BT: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Choices (B, T) or (B, T, A), each of which is held for a while in the place of those after it."""
+    shape = choices_BT.shape[:2]
     chosen_BT = rng.random(shape) < 1 / STICKY_HOLD  # at time steps that are not chosen, the action before is held
-    held_since_BT = np.maximum.accumulate(np.where(chosen_BT, np.arange(num_steps), 0), axis=1)
-    return np.take_along_axis(choices_BT, held_since_BT, axis=1)
+    held_since_BT = np.maximum.accumulate(np.where(chosen_BT, np.arange(shape[1]), 0), axis=1)
+    return choices_BT[np.arange(shape[0])[:, None], held_since_BT]

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.errors import InputError
+from sources.actions import Seen, Space, described, seen
 from sources.levels import Outcomes, total
+from utils.actions import ActionColumn
 from utils.records import SPLITS, Clip, Metadata, Shard, write_metadata, write_shard
 
 SHARD_BYTES = 2**26  # raw frames in one file
@@ -18,7 +20,7 @@ class Step(NamedTuple):
     """One time step of an episode."""
 
     frame_HWC: np.ndarray
-    action: int | None
+    action: int | np.ndarray | None
     reward: float
     terminated: bool
     truncated: bool
@@ -36,7 +38,8 @@ class Recorder:
 
     Args:
       folder: Of the new dataset; it must be empty, or not exist.
-      action_names: Of the actions 0, 1, ...; None where `step` is given no actions.
+      action_names: Of the actions 0, 1, ...; None where `step` is given no actions, or rows.
+      action_columns: Names of what an action says that is a row, of integers from 0 or of real numbers.
       environment: What is played, for the metadata; by default the folder's name.
       fps: Frames per second at which it plays naturally.
       same_actions: Names of actions that always do what another one does, each with the other one's name.
@@ -50,6 +53,7 @@ class Recorder:
         folder: str | Path,
         action_names: Sequence[str] | None = None,
         *,
+        action_columns: Sequence[str] = (),
         environment: str | None = None,
         fps: float = 15.0,
         same_actions: Mapping[str, str] | None = None,
@@ -68,7 +72,12 @@ class Recorder:
         if self.folder.exists() and any(self.folder.iterdir()):
             raise InputError(f"{self.folder}: is not empty; choose another folder, or delete this one")
         self.folder.mkdir(parents=True, exist_ok=True)
+        if action_names is not None and action_columns:
+            raise InputError("action_names and action_columns: an action is an integer or a row; name one of them")
         self.action_names = None if action_names is None else tuple(action_names)
+        self._columns = tuple(action_columns)
+        self._dtype: type | None = None if action_columns else np.int32
+        self._seen = {split: Seen() for split in SPLITS}
         self._facts = {
             "environment": environment or self.folder.name,
             "fps": float(fps),
@@ -89,7 +98,7 @@ class Recorder:
     def step(
         self,
         frame: np.ndarray,
-        action: int | None = None,
+        action: int | Sequence[float] | np.ndarray | None = None,
         reward: float = 0.0,
         done: bool = False,
         truncated: bool = False,
@@ -151,6 +160,11 @@ class Recorder:
             raise InputError(
                 f"{self.folder}: nothing to write; no episode had {self._min_clip_length} frames, the min_clip_length"
             )
+        every = Seen()
+        for part in self._seen.values():
+            every = every.plus(part)
+        values = None if self._dtype == np.float32 else ()
+        space = Space(tuple(ActionColumn(name, values) for name in self._columns))
         metadata = Metadata(
             **self._facts,  # type: ignore[arg-type]
             frame_shape=self._frame_shape,
@@ -158,6 +172,7 @@ class Recorder:
             splits={split: tuple(shards) for split, shards in self._shards.items()},
             made_by={"command": "sources.Recorder", "episodes": self._num_episodes},
             levels=self._outcomes.as_json(),
+            action_columns=described(space, every, self._seen["train"]).columns if self._columns else (),
         )
         write_metadata(self.folder, metadata)
 
@@ -182,11 +197,13 @@ class Recorder:
         """Makes a clip of the last steps."""
         self._steps = self._steps[-self._clip_length :]
         frames, actions, rewards, terminated, truncated = zip(*self._steps, strict=True)
+        actions_T = np.array(actions, self._dtype) if self.action_names or self._columns else None
+        self._seen[self._split] = self._seen[self._split].plus(seen(actions_T))
         self._clips.append(
             Clip(
                 frames_THWC=np.stack(frames),
                 clip_id=f"episode{self._num_episodes:06d}/step{self._time - len(frames):06d}",
-                actions_T=None if self.action_names is None else np.array(actions, np.int32),
+                actions_T=actions_T,
                 rewards_T=np.array(rewards, np.float32),
                 terminated_T=np.array(terminated),
                 truncated_T=np.array(truncated),
@@ -216,12 +233,24 @@ class Recorder:
         self._frame_shape = found.shape
         return found
 
-    def _checked_action(self, action: int | None) -> int | None:
-        """The action, if it is one of those that have names."""
+    def _checked_action(self, action: Any) -> int | np.ndarray | None:
+        """The action, if it is what was promised."""
+        if self._columns:
+            return self._checked_row(np.array(action))
         if self.action_names is None and action is None:
             return None
         if self.action_names is None:
             raise InputError(f"action {action}: name the actions first, Recorder(folder, action_names=(...))")
-        if action is None or int(action) != action or not 0 <= int(action) < len(self.action_names):
+        if np.ndim(action) or action is None or int(action) != action or not 0 <= action < len(self.action_names):
             raise InputError(f"action {action}: expected 0 to {len(self.action_names) - 1}, as there are action_names")
         return int(action)
+
+    def _checked_row(self, row: np.ndarray) -> np.ndarray:
+        """A row of numbers, of the type of those before."""
+        dtype = {"f": np.float32, "i": np.int32, "u": np.int32, "b": np.int32}.get(row.dtype.kind)
+        if row.shape != (len(self._columns),) or dtype is None or not np.isfinite(row).all():
+            raise InputError(f"action {row}: expected {len(self._columns)} numbers, as there are action_columns")
+        if self._dtype not in (None, dtype) or (dtype == np.int32 and row.min() < 0):
+            raise InputError(f"action {row}: expected real numbers always, or integers from 0 always")
+        self._dtype = dtype
+        return row.astype(dtype)

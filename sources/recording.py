@@ -88,12 +88,13 @@ def record(
             environment=environment.name,
             frame_shape=environment.frame_shape,
             fps=environment.fps,
-            action_names=environment.action_names,
+            action_names=environment.action_names or None,
             splits={split: tuple(done[task].shard for task in tasks if task.split == split) for split in SPLITS},
             made_by=made_by,
             same_actions=dict(environment.same_actions),
             idle_action=environment.idle_action,
             levels=levels.as_json(),
+            action_columns=environment.action_columns,
         )
         write_metadata(folder, metadata)
     return metadata, num_reused
@@ -133,12 +134,16 @@ def make_clips(environment: Environment, options: RecordingOptions, task: Task) 
 
 def _checked(environment: Environment, num_envs: int, played: Recording) -> Recording:
     """What an environment has played, if it is what the environment promised."""
-    for name, values in played._asdict().items():
-        shape = (num_envs, EPISODE_STEPS, *(environment.frame_shape if name == "frames_BTHWC" else ()))
-        if values is not None and values.shape != shape:
-            raise ValueError(f"{environment.name}: {name} has shape {values.shape}; expected {shape}")
-    if not (played.actions_BT.min() >= 0 and played.actions_BT.max() < len(environment.action_names)):
-        raise ValueError(f"{environment.name}: actions beyond the {len(environment.action_names)} that have names")
+    columns = environment.action_columns
+    shapes = {"frames_BTHWC": environment.frame_shape, "actions_BT": (len(columns),) if columns else ()}
+    for name, array in played._asdict().items():
+        shape = (num_envs, EPISODE_STEPS, *shapes.get(name, ()))
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{environment.name}: {name} has shape {array.shape}; expected {shape}")
+    for i, values in enumerate([column.values for column in columns] or [environment.action_names]):
+        chosen_BT = played.actions_BT[..., i] if columns else played.actions_BT
+        if values is not None and not (chosen_BT.min() >= 0 and chosen_BT.max() < len(values)):
+            raise ValueError(f"{environment.name}: actions beyond the {len(values)} that have names")
     if not played.first_BT[:, 0].all():
         raise ValueError(f"{environment.name}: first_BT must be true at t = 0")
     return played

@@ -17,6 +17,7 @@ from sources.environment import RecordingOptions
 from sources.gymnasium import Gymnasium, read_kwargs, resize
 from sources.recording import Task, record
 from sources.registry import find_environment
+from sources.spaces import choose, handed_over, space_of
 from tests.conftest import ROOT
 from utils.data import ClipSource
 from utils.records import SPLITS, read_metadata
@@ -142,6 +143,65 @@ def test_car_racing(monkeypatch):
     environment = Gymnasium("CarRacing-v3", options)
     assert environment.action_names == ("NOOP", "RIGHT", "LEFT", "GAS", "BRAKE")
     replay(environment, options, 1)
+
+
+def test_real_actions_and_rows_of_integers_are_recorded_as_they_are(monkeypatch, tmp_path):
+    pytest.importorskip("Box2D")
+    monkeypatch.setattr(recorded, "EPISODE_STEPS", 40)
+    monkeypatch.setattr(recording, "EPISODE_STEPS", 40)
+    options = dataclasses.replace(OPTIONS, height=24, width=24)
+    environment = Gymnasium("CarRacing-v3", options)
+    record(environment, options, tmp_path / "car", num_workers=0)
+    metadata = read_metadata(tmp_path / "car")
+    assert metadata.action_names is None
+    assert [(column.name, column.values, column.mean) for column in metadata.action_columns] == [
+        ("STEER", None, 0.0),
+        ("GAS", None, 0.5),
+        ("BRAKE", None, 0.5),
+    ]
+    (clip, *_) = (source := ClipSource(tmp_path / "car", "train", seq_len=32)).clips(range(len(source)))
+    assert (clip.actions_T.shape, clip.actions_T.dtype) == ((32, 3), np.float32)
+    env = environment._make(options)
+    observation, _ = env.reset(seed=clip.level_seed)
+    for frame, action in zip(clip.frames_THWC, clip.actions_T, strict=True):
+        np.testing.assert_array_equal(environment._frame(env, observation), frame)
+        observation, *_ = env.step(action)
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("space", "dtype", "values"),
+    [
+        (gym.spaces.MultiDiscrete([2, 5], start=[3, 4]), np.int32, (("0", "1"), ("0", "1", "2", "3", "4"))),
+        (gym.spaces.MultiBinary(3), np.int32, (("0", "1"),) * 3),
+        (gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 20])), np.float32, (None, None)),
+    ],
+)
+def test_rows_of_actions(monkeypatch, space, dtype, values):
+    monkeypatch.setattr(Encoded, "action_space", space)
+    env, rng = Encoded(), np.random.default_rng(0)
+    columns = space_of("Encoded-v0", env).columns
+    assert tuple(column.values for column in columns) == values
+    for policy, least, most in (("uniform", 0, 0.6), ("sticky", 0.75, 1)):
+        actions_BT = choose(space, policy, rng, 50, 200)
+        assert (actions_BT.shape, actions_BT.dtype) == ((50, 200, len(values)), dtype)
+        assert least <= (actions_BT[:, 1:] == actions_BT[:, :-1]).all(axis=2).mean() < most
+        assert all(handed_over(space, action) in space for action in actions_BT[0])
+        for i, column in enumerate(columns):
+            if column.values is None:
+                normal = (actions_BT[..., i] - column.mean) / column.scale
+                assert (abs(normal.mean()) < 0.15, abs(normal.std() - 1) < 0.1) == (True, True)
+            else:
+                assert len(np.unique(actions_BT[..., i])) == len(column.values)
+
+
+@pytest.mark.parametrize(
+    "space", [gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Dict(), gym.spaces.Box(0, 1, (2, 2))]
+)
+def test_actions_without_room_or_bounds_are_refused(monkeypatch, space):
+    monkeypatch.setattr(Encoded, "action_space", space)
+    with pytest.raises(InputError, match=r"`env` gymnasium:Encoded-v0: its actions are .*; expected"):
+        Gymnasium("Encoded-v0", OPTIONS)
 
 
 def test_number_of_workers_changes_no_byte(tmp_path):

@@ -78,6 +78,33 @@ def test_without_actions_and_with_ends_of_all_kinds(tmp_path):
     assert read_metadata(tmp_path / "mine").levels["solved"] == 1
 
 
+@pytest.mark.parametrize("real", [True, False])
+def test_rows_of_actions(tmp_path, real):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(3, 2, (90, 2)).astype(np.float32) if real else rng.integers(0, (2, 5), (90, 2))
+    with Recorder(tmp_path / "mine", action_columns=("X", "Y"), clip_length=30) as mine:
+        for t, row in enumerate(rows):
+            mine.step(np.full((4, 4, 3), t, np.uint8), row if real else list(map(int, row)), done=t % 30 == 29)
+        with pytest.raises(InputError, match=r"action .*: expected 2 numbers, as there are action_columns"):
+            mine.step(np.zeros((4, 4, 3), np.uint8), 3)
+        with pytest.raises(InputError, match="expected real numbers always, or integers from 0 always"):
+            mine.step(np.zeros((4, 4, 3), np.uint8), [1, 2] if real else [1.0, 2.0])
+    metadata = read_metadata(tmp_path / "mine")
+    assert [column.name for column in metadata.action_columns] == ["X", "Y"]
+    if real:
+        np.testing.assert_allclose(
+            [column.mean for column in metadata.action_columns], rows[:30].mean(axis=0), rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            [column.scale for column in metadata.action_columns], rows[:30].std(axis=0), rtol=1e-5
+        )
+    else:
+        assert [len(column.values) for column in metadata.action_columns] == [2, 5]
+    (clip,) = clips_of(tmp_path / "mine", "val")
+    np.testing.assert_array_equal(clip.actions_T, rows[30:60])
+    assert metadata.action_names is None
+
+
 def test_many_episodes_are_divided(tmp_path):
     with Recorder(tmp_path / "mine", ("A", "B", "C"), clip_length=4, min_clip_length=4, val_fraction=0.1) as mine:
         play(mine, [4] * 60)
