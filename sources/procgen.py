@@ -1,13 +1,16 @@
-"""CoinRun, as Procgen has it: playing it, how to act, and what there is to know about its actions."""
+"""Procgen's sixteen games: playing them, how to act, and what there is to know about their actions."""
 
 import contextlib
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from models.errors import InputError
-from sources.environment import EPISODE_STEPS, Environment, Recording, RecordingOptions
+from sources.environment import EPISODE_STEPS, PROCGEN_OPTIONS, Environment, Recording, RecordingOptions
+from sources.planner import Planner
+from sources.policies import choose_actions
 from utils.records import COINRUN_IDLE_ACTION, COINRUN_SAME_ACTIONS
 
 # So far apart that no split of any dataset shares a level with another split of any other.
@@ -15,26 +18,70 @@ FIRST_LEVEL = {"train": 0, "val": 2**29, "test": 2**30}
 MAX_LEVELS = 2**29
 ACTION_NAMES = (
     *("LEFT+DOWN", "LEFT", "LEFT+UP", "DOWN", "NONE", "UP", "RIGHT+DOWN", "RIGHT", "RIGHT+UP"),
-    *("D", "A", "W", "S", "Q", "E"),  # keys of other games: in CoinRun they do what NONE does
+    *("D", "A", "W", "S", "Q", "E"),  # fire and the like; in many games they do what NONE does
 )
+
+# What does the same as what, by kinds of movement and of keys; `tests/test_procgen.py` plays them against each other.
+EIGHT_WAYS: dict[str, str] = {}
+JUMPS = {"LEFT+DOWN": "LEFT", "DOWN": "NONE", "RIGHT+DOWN": "RIGHT"}
+FOUR_WAYS = {"LEFT+DOWN": "LEFT", "LEFT+UP": "LEFT", "RIGHT+DOWN": "RIGHT", "RIGHT+UP": "RIGHT"}
+SIDEWAYS = FOUR_WAYS | {"DOWN": "NONE", "UP": "NONE"}
+NO_KEYS = dict.fromkeys("DAWSQE", "NONE")
+ONE_KEY = dict.fromkeys("AWSQE", "NONE")  # D fires
+SAME_ACTIONS: dict[str, Mapping[str, str]] = {
+    "bigfish": EIGHT_WAYS | NO_KEYS,
+    "bossfight": EIGHT_WAYS | ONE_KEY,
+    "caveflyer": EIGHT_WAYS | ONE_KEY,
+    "chaser": EIGHT_WAYS | NO_KEYS,
+    "climber": JUMPS | NO_KEYS,
+    "coinrun": COINRUN_SAME_ACTIONS,  # but for DOWN on a crate, in one of fifty states
+    "dodgeball": EIGHT_WAYS | ONE_KEY,
+    "fruitbot": SIDEWAYS | ONE_KEY,
+    "heist": EIGHT_WAYS | NO_KEYS,
+    "jumper": JUMPS | NO_KEYS,
+    "leaper": FOUR_WAYS | NO_KEYS,
+    "maze": FOUR_WAYS | NO_KEYS,
+    "miner": FOUR_WAYS | NO_KEYS,
+    "ninja": JUMPS | {"Q": "D", "E": "D"},  # D, A, W and S throw in four directions
+    "plunder": SIDEWAYS | ONE_KEY,
+    "starpilot": EIGHT_WAYS | dict.fromkeys("WSQE", "D"),  # A fires backwards
+}
+GAMES = tuple(SAME_ACTIONS)
+TIME_LIMITS = {"bigfish": 6000, "bossfight": 4000, "leaper": 500, "maze": 500, "plunder": 4000}
+TIME_LIMIT = 1000  # of the other games' levels, in time steps
+MODES = {
+    "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
+    "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
+}
 # Of ACTION_NAMES. More go right than left, since a level begins at its left wall; half jump, since walls and chasms
 # stop who walks. So one step in eight scrolls to the left, and a latent action for it can be learned.
-STICKY_WEIGHTS = (*(1, 5, 6, 1, 2, 3, 2, 6, 8), *[0.25] * 6)
-STICKY_HOLD = 8  # mean time steps for which the sticky policy holds an action
+COINRUN_WEIGHTS = (*(1, 5, 6, 1, 2, 3, 2, 6, 8), *[0.25] * 6)
+DUPLICATE_WEIGHT = 0.25  # in other games, of an action that does what another one does; others have 1
 
 
-class CoinRun(Environment):
-    """CoinRun (Cobbe et al. 2019). A level ends where the agent dies or takes the coin; the next one follows."""
+class Procgen(Environment):
+    """A game of Procgen (Cobbe et al. 2020). A level ends where it is solved or lost; the next one follows."""
 
-    name = "coinrun"
     frame_shape = (64, 64, 3)
     fps = 15
     action_names = ACTION_NAMES
-    same_actions = COINRUN_SAME_ACTIONS
     idle_action = COINRUN_IDLE_ACTION
+    policies = ("uniform", "sticky", "planner")
+    options = PROCGEN_OPTIONS
+    at_once = 4  # images of more no longer fit a core's cache: 16 are 40 % slower
+
+    def __init__(self, name: str):
+        self.name = name
+        self.same_actions = SAME_ACTIONS[name]
+        self.weights_A = COINRUN_WEIGHTS
+        if name not in ("coinrun", "ninja"):  # whose levels, too, lead to the right
+            self.weights_A = tuple(DUPLICATE_WEIGHT if a in self.same_actions else 1 for a in ACTION_NAMES)
 
     def check(self, options: RecordingOptions) -> None:
         options.expect("num_levels", 1 <= options.num_levels <= MAX_LEVELS, f"1 to {MAX_LEVELS}")
+        mode = options.distribution_mode
+        modes = ["easy", "hard", *(other for other, games in MODES.items() if self.name in games)]
+        options.expect("distribution_mode", mode in modes, f"{', '.join(modes)} for {self.name}")
         import_procgen()
 
     def provenance(self, options: RecordingOptions) -> dict[str, Any]:
@@ -45,8 +92,61 @@ class CoinRun(Environment):
 
     def play(self, options: RecordingOptions, split: str, num_envs: int, rng: np.random.Generator) -> Recording:
         B, T = num_envs, EPISODE_STEPS
-        env = import_procgen().ProcgenGym3Env(
-            num=B,
+        env = self._make(options, split, B, rand_seed=int(rng.integers(2**31 - 1)))
+        if options.policy == "planner":
+            planner = Planner(
+                lambda num: self._make(options, split, num, rand_seed=0),
+                *(B, options.planner_rollouts, options.planner_explore, self.weights_A, rng),
+            )
+            actions_BT = np.empty((B, T), np.int32)
+        else:
+            planner = None
+            actions_BT = choose_actions(options.policy, self.weights_A, rng, B, T)
+        frames_BTHWC = np.empty((B, T, *self.frame_shape), np.uint8)
+        rewards_BT = np.empty((B, T), np.float32)
+        levels_BT = np.empty((B, T), np.int32)
+        first_BT, ended_BT, success_BT = (np.zeros((B, T), bool) for _ in range(3))
+        # At the end of a level the environment shows the next level's first frame at once, with `first` set, together
+        # with the reward of the level that has ended: that of the action before.
+        _, observation, first_B = env.observe()
+        levels_B = [info["level_seed"] for info in env.get_info()]
+        for t in range(T):
+            frames_BTHWC[:, t] = observation["rgb"]
+            first_BT[:, t] = first_B
+            levels_BT[:, t] = levels_B
+            if planner:
+                actions_BT[:, t] = planner.act(env, first_B)
+            env.act(actions_BT[:, t])
+            rewards_BT[:, t], observation, first_B = env.observe()
+            if first_B.any():
+                infos = env.get_info()
+                levels_B = [info["level_seed"] for info in infos]
+                ended_BT[:, t] = first_B
+                success_BT[:, t] = first_B & np.array([bool(info["prev_level_complete"]) for info in infos])
+        env.close()
+        if planner:
+            planner.close()
+        truncated_BT = ended_BT & ~success_BT & (self._steps_in_level(first_BT) >= self.time_limit)
+        terminated_BT = ended_BT & ~truncated_BT
+        return Recording(
+            frames_BTHWC, actions_BT, rewards_BT, first_BT, levels_BT, terminated_BT, truncated_BT, success_BT
+        )
+
+    @property
+    def time_limit(self) -> int:
+        """Time steps after which a level ends."""
+        return TIME_LIMITS.get(self.name, TIME_LIMIT)
+
+    @staticmethod
+    def _steps_in_level(first_BT: np.ndarray) -> np.ndarray:
+        """Time steps that each level has lasted with each action."""
+        t_T = np.arange(first_BT.shape[1])
+        return t_T + 1 - np.maximum.accumulate(np.where(first_BT, t_T, 0), axis=1)
+
+    def _make(self, options: RecordingOptions, split: str, num: int, rand_seed: int) -> Any:
+        """So many environments side by side."""
+        return import_procgen().ProcgenGym3Env(
+            num=num,
             env_name=self.name,
             distribution_mode=options.distribution_mode,
             use_backgrounds=options.use_backgrounds,
@@ -55,39 +155,9 @@ class CoinRun(Environment):
             center_agent=options.center_agent,
             start_level=FIRST_LEVEL[split],  # Procgen ignores it where num_levels is 0
             num_levels=options.num_levels,
-            rand_seed=int(rng.integers(2**31 - 1)),
+            rand_seed=rand_seed,
             num_threads=0,
         )
-        actions_BT = choose_actions(options.policy, rng, B, T)
-        frames_BTHWC = np.empty((B, T, *self.frame_shape), np.uint8)
-        rewards_BT = np.empty((B, T), np.float32)
-        first_BT = np.empty((B, T), bool)
-        levels_BT = np.empty((B, T), np.int32)
-        # At the end of a level the environment shows the next level's first frame at once, with `first` set, together
-        # with the reward of the level that has ended: that of the action before.
-        _, observation, first_B = env.observe()
-        for t in range(T):
-            if first_B.any():
-                levels_B = [info["level_seed"] for info in env.get_info()]
-            frames_BTHWC[:, t] = observation["rgb"]
-            first_BT[:, t] = first_B
-            levels_BT[:, t] = levels_B
-            env.act(actions_BT[:, t])
-            rewards_BT[:, t], observation, first_B = env.observe()
-        env.close()
-        return Recording(frames_BTHWC, actions_BT, rewards_BT, first_BT, levels_BT)
-
-
-def choose_actions(policy: str, rng: np.random.Generator, num_envs: int, num_steps: int) -> np.ndarray:
-    """Actions (num_envs, num_steps) int32 of a policy that does not look at the game."""
-    shape = (num_envs, num_steps)
-    if policy == "uniform":
-        return rng.integers(len(ACTION_NAMES), size=shape, dtype=np.int32)
-    weights = np.array(STICKY_WEIGHTS)
-    choices_BT = rng.choice(len(ACTION_NAMES), shape, p=weights / weights.sum()).astype(np.int32)
-    chosen_BT = rng.random(shape) < 1 / STICKY_HOLD  # at time steps that are not chosen, the action before is held
-    held_since_BT = np.maximum.accumulate(np.where(chosen_BT, np.arange(num_steps), 0), axis=1)
-    return np.take_along_axis(choices_BT, held_since_BT, axis=1)
 
 
 def import_procgen() -> Any:
@@ -101,7 +171,7 @@ def import_procgen() -> Any:
             import procgen
     except ImportError as error:
         raise InputError(
-            f"CoinRun needs the package procgen-mirror ({error}); install the pinned packages with "
+            f"Procgen's games need the package procgen-mirror ({error}); install the pinned packages with "
             "`pip install --no-deps -r requirements.txt`"
         ) from error
     return procgen

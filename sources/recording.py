@@ -9,7 +9,6 @@ without it is not a dataset.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -25,10 +24,10 @@ from tqdm import tqdm
 from models.errors import InputError
 from sources import workers
 from sources.environment import EPISODE_STEPS, Environment, Recording, RecordingOptions
+from sources.levels import Outcomes, clips_of, outcomes_of, total
 from utils.records import FORMAT_VERSION, SPLITS, Clip, Metadata, Shard, write_metadata, write_shard
 
-# Beyond 4 of Procgen's environments at once their images no longer fit a core's cache: 16 are 40 % slower.
-ENVS_AT_ONCE = 4
+RECORDER_VERSION = 2  # changes where the same seed gives other bytes: a run is not continued by another recorder
 MAX_EPISODES_PER_SHARD = 16  # of CoinRun about 14 MB on disk, 0.2 GB in memory while it is made
 
 
@@ -49,6 +48,13 @@ class Task:
         return f"{self.name}.array_record"
 
 
+class Made(NamedTuple):
+    """A shard that is finished, and what became of the levels in it."""
+
+    shard: Shard
+    outcomes: Outcomes
+
+
 def record(
     environment: Environment, options: RecordingOptions, folder: str | Path, num_workers: int
 ) -> tuple[Metadata, int]:
@@ -67,25 +73,28 @@ def record(
     tasks = plan(options)
     folder = Path(folder)
     with _unfinished(folder, environment, made_by) as unfinished:
-        shards = {task: shard for task in tasks if (shard := _finished_shard(folder, unfinished, task))}
-        num_reused = sum(task.num_episodes for task in shards)
-        if shards:
+        done = {task: noted for task in tasks if (noted := _finished_shard(folder, unfinished, task))}
+        num_reused = sum(task.num_episodes for task in done)
+        if done:
             print(f"continuing {folder}: {num_reused} of {options.num_episodes} episodes are done", file=sys.stderr)
-        missing = [task for task in tasks if task not in shards]
+        missing = [task for task in tasks if task not in done]
         # Each run writes in a folder of its own, so that a worker which outlives a killed run by a moment does no harm.
         with tempfile.TemporaryDirectory(prefix="scratch-", dir=unfinished, ignore_cleanup_errors=True) as scratch:
             make = functools.partial(_make_shard, environment, options, folder, Path(scratch))
             with workers.running(make, missing, num_workers) as made:
-                shards |= _with_progress(made, missing, num_reused, options.num_episodes)
+                done |= _with_progress(made, missing, num_reused, options.num_episodes)
+        levels = total(done[task].outcomes for task in tasks)
         metadata = Metadata(
             environment=environment.name,
             frame_shape=environment.frame_shape,
             fps=environment.fps,
-            action_names=environment.action_names,
-            splits={split: tuple(shards[task] for task in tasks if task.split == split) for split in SPLITS},
+            action_names=environment.action_names or None,
+            splits={split: tuple(done[task].shard for task in tasks if task.split == split) for split in SPLITS},
             made_by=made_by,
             same_actions=dict(environment.same_actions),
             idle_action=environment.idle_action,
+            levels=levels.as_json(),
+            action_columns=environment.action_columns,
         )
         write_metadata(folder, metadata)
     return metadata, num_reused
@@ -107,58 +116,44 @@ def plan(options: RecordingOptions) -> list[Task]:
     return tasks
 
 
-def make_clips(environment: Environment, options: RecordingOptions, task: Task) -> list[Clip]:
+def make_clips(environment: Environment, options: RecordingOptions, task: Task) -> tuple[list[Clip], Outcomes]:
     """Plays the episodes of one shard: a function of the seed, the split and the index of the shard alone."""
     key = (SPLITS.index(task.split), task.index)
     rng = np.random.default_rng(np.random.SeedSequence(options.seed, spawn_key=key))
-    clips = []
-    for start in range(0, task.num_episodes, ENVS_AT_ONCE):
-        num_envs = min(ENVS_AT_ONCE, task.num_episodes - start)
+    clips: list[Clip] = []
+    outcomes = []
+    for start in range(0, task.num_episodes, environment.at_once):
+        num_envs = min(environment.at_once, task.num_episodes - start)
         played = _checked(environment, num_envs, environment.play(options, task.split, num_envs, rng))
-        for i, first_T in enumerate(played.first_BT):
-            for begin, end in cut(first_T, options.clip_length, options.min_clip_length):
-                clips.append(
-                    Clip(
-                        frames_THWC=played.frames_BTHWC[i, begin:end],
-                        clip_id=f"{task.name}/episode{start + i:02d}/step{begin:03d}",
-                        actions_T=played.actions_BT[i, begin:end],
-                        rewards_T=played.rewards_BT[i, begin:end],
-                        level_seed=None if played.levels_BT is None else int(played.levels_BT[i, begin]),
-                    )
-                )
-    return clips
+        outcomes.append(outcomes_of(played))
+        for i in range(num_envs):
+            name = f"{task.name}/episode{start + i:02d}"
+            clips += clips_of(played, i, name, options.clip_length, options.min_clip_length)
+    return clips, total(outcomes)
 
 
 def _checked(environment: Environment, num_envs: int, played: Recording) -> Recording:
     """What an environment has played, if it is what the environment promised."""
-    for name, values in played._asdict().items():
-        shape = (num_envs, EPISODE_STEPS, *(environment.frame_shape if name == "frames_BTHWC" else ()))
-        if values is not None and values.shape != shape:
-            raise ValueError(f"{environment.name}: {name} has shape {values.shape}; expected {shape}")
-    if not (played.actions_BT.min() >= 0 and played.actions_BT.max() < len(environment.action_names)):
-        raise ValueError(f"{environment.name}: actions beyond the {len(environment.action_names)} that have names")
+    columns = environment.action_columns
+    shapes = {"frames_BTHWC": environment.frame_shape, "actions_BT": (len(columns),) if columns else ()}
+    for name, array in played._asdict().items():
+        shape = (num_envs, EPISODE_STEPS, *shapes.get(name, ()))
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{environment.name}: {name} has shape {array.shape}; expected {shape}")
+    for i, values in enumerate([column.values for column in columns] or [environment.action_names]):
+        chosen_BT = played.actions_BT[..., i] if columns else played.actions_BT
+        if values is not None and not (chosen_BT.min() >= 0 and chosen_BT.max() < len(values)):
+            raise ValueError(f"{environment.name}: actions beyond the {len(values)} that have names")
     if not played.first_BT[:, 0].all():
         raise ValueError(f"{environment.name}: first_BT must be true at t = 0")
     return played
 
 
-def cut(first_T: np.ndarray, clip_length: int, min_clip_length: int) -> Iterator[tuple[int, int]]:
-    """Cuts an episode into clips: pairs (begin, end) that lie within one level each.
-
-    Args:
-      first_T: Whether a level begins at the time step; true at 0.
-    """
-    for begin, end in itertools.pairwise([*np.flatnonzero(first_T).tolist(), len(first_T)]):
-        for start in range(begin, end, clip_length):
-            stop = min(start + clip_length, end)
-            if stop - start >= min_clip_length:
-                yield start, stop
-
-
 def _made_by(environment: Environment, options: RecordingOptions) -> dict[str, Any]:
     """All that decides the bytes of the dataset, but for the environment's name."""
-    config = {field.name: getattr(options, field.name) for field in dataclasses.fields(RecordingOptions)}
-    return {"command": "generate_dataset.py", "config": config} | environment.provenance(options)
+    config = environment.options_of(options)
+    made_by = {"command": "generate_dataset.py", "recorder": RECORDER_VERSION, "config": config}
+    return made_by | environment.provenance(options)
 
 
 @contextlib.contextmanager
@@ -178,7 +173,8 @@ def _unfinished(folder: Path, environment: Environment, made_by: dict[str, Any])
         # Notes that name no environment are from a time when there was only one.
         found = {"environment": "coinrun"} | json.loads(noted.read_text())
         defaults = {field.name: field.default for field in dataclasses.fields(RecordingOptions)}
-        found["config"] = defaults | found.get("config", {})  # what an older run could not choose
+        chosen = found.get("config", {})  # it lacks what an older run could not choose
+        found["config"] = {name: defaults.get(name) for name in expected["config"]} | chosen
         if found != expected:
             raise InputError(choose.format(f"holds an unfinished dataset with {_differences(found, expected)}"))
     elif folder.exists() and any(path != unfinished for path in folder.iterdir()):
@@ -214,30 +210,32 @@ def _note_of(unfinished: Path, task: Task) -> Path:
     return unfinished / f"{task.split}-{task.index:05d}.json"
 
 
-def _finished_shard(folder: Path, unfinished: Path, task: Task) -> Shard | None:
+def _finished_shard(folder: Path, unfinished: Path, task: Task) -> Made | None:
     """The shard as an interrupted run noted it, or None if it is still to be made."""
     note = _note_of(unfinished, task)
     if not (note.exists() and (folder / task.file).exists()):
         return None
-    return Shard(task.file, json.loads(note.read_text()))
+    noted = json.loads(note.read_text())
+    return Made(Shard(task.file, noted["lengths"]), Outcomes(**noted["outcomes"]))
 
 
-def _make_shard(environment: Environment, options: RecordingOptions, folder: Path, scratch: Path, task: Task) -> Shard:
+def _make_shard(environment: Environment, options: RecordingOptions, folder: Path, scratch: Path, task: Task) -> Made:
     """Makes one file and notes that it is finished; runs in a worker."""
-    clips = make_clips(environment, options, task)
+    clips, outcomes = make_clips(environment, options, task)
     try:
         shard = write_shard(scratch, task.file, clips)
         (folder / task.split).mkdir(exist_ok=True)
         os.replace(scratch / task.file, folder / task.file)
-        _write_json(_note_of(folder / "unfinished", task), shard.lengths, scratch)
+        note = {"lengths": shard.lengths, "outcomes": dataclasses.asdict(outcomes)}
+        _write_json(_note_of(folder / "unfinished", task), note, scratch)
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError, for instance when the disk is full
         raise OSError(f"{folder / task.file}: {error}; once that is mended, the same command continues") from error
-    return shard
+    return Made(shard, outcomes)
 
 
 def _with_progress(
-    made: Iterator[Shard], tasks: Sequence[Task], num_reused: int, num_episodes: int
-) -> Iterator[tuple[Task, Shard]]:
+    made: Iterator[Made], tasks: Sequence[Task], num_reused: int, num_episodes: int
+) -> Iterator[tuple[Task, Made]]:
     """Each task with its shard, as they are made; shows how far this is of all `num_episodes`."""
     num_done = num_reused
     with tqdm(
@@ -247,10 +245,10 @@ def _with_progress(
         unit_scale=True,
         disable=None,  # where stderr is no terminal; there, ten lines tell
     ) as bar:
-        for task, shard in zip(tasks, made, strict=True):
+        for task, finished in zip(tasks, made, strict=True):
             tenth = num_done * 10 // num_episodes
             num_done += task.num_episodes
             bar.update(task.num_episodes * EPISODE_STEPS)
             if bar.disable and num_done * 10 // num_episodes > tenth:
                 print(f"{num_done} of {num_episodes} episodes", file=sys.stderr, flush=True)
-            yield task, shard
+            yield task, finished

@@ -61,6 +61,9 @@ def windows(source: ClipSource, stride: int) -> Iterator[Clip]:
                     actions_T=None if clip.actions_T is None else clip.actions_T[cut],
                     rewards_T=None if clip.rewards_T is None else clip.rewards_T[cut],
                     level_seed=clip.level_seed,
+                    terminated_T=None if clip.terminated_T is None else clip.terminated_T[cut],
+                    truncated_T=None if clip.truncated_T is None else clip.truncated_T[cut],
+                    success=clip.success,
                 )
 
 

@@ -237,3 +237,20 @@ def test_a_file_that_fails_halfway_leaves_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="uint8"):
         write_shard(tmp_path, "train/0.array_record", [make_clip(0, 9), bad])
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_ends_and_success_are_kept_and_need_not_be_there():
+    clip = make_clip(0, 6)
+    ends = {"terminated_T": np.arange(6) == 5, "truncated_T": np.arange(6) == 2}
+    for success in (True, False, None):
+        back = decode_clip(encode_clip(dataclasses.replace(clip, success=success, **ends)))
+        assert back.success is success
+        for name, values in ends.items():
+            np.testing.assert_array_equal(getattr(back, name), values)
+            assert getattr(back, name).dtype == bool
+    plain = encode_clip(clip)
+    assert not {"terminated", "truncated", "success"} & msgpack.unpackb(plain).keys()  # as records of before
+    back = decode_clip(plain)
+    assert (back.terminated_T, back.truncated_T, back.success) == (None, None, None)
+    with pytest.raises(ValueError, match="5 truncated for 6 frames"):
+        encode_clip(dataclasses.replace(clip, truncated_T=np.zeros(5, bool)))

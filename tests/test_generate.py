@@ -21,8 +21,11 @@ from generate_dataset import Config, main
 from models.errors import InputError
 from sources import recording
 from sources.environment import Environment, Recording, RecordingOptions
-from sources.procgen import ACTION_NAMES, FIRST_LEVEL, CoinRun, choose_actions
+from sources.levels import cut
+from sources.policies import choose_actions
+from sources.procgen import ACTION_NAMES, COINRUN_WEIGHTS, FIRST_LEVEL, Procgen
 from sources.recording import Task, plan, record
+from sources.registry import folder_name
 from utils.cli import run
 from utils.data import ClipSource
 from utils.records import SPLITS, Clip, read_metadata
@@ -36,7 +39,7 @@ SMALL = Config(num_episodes=10, seed=3, policy="sticky")  # 10 shards of one epi
 
 
 def make_clips(config: Config, task: Task) -> list[Clip]:
-    return recording.make_clips(CoinRun(), config, task)
+    return recording.make_clips(Procgen("coinrun"), config, task)[0]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -65,43 +68,65 @@ def dataset(tmp_path_factory) -> Path:
 # What is in the clips
 
 
-def test_every_level_replays_from_its_seed_and_ends_where_its_last_clip_ends(whole_clips):
+def replayed_levels(clips: list[Clip], clip_length: int, game: str, **options) -> int:
+    """Plays every level again, from its seed and its actions, and compares; returns the number of levels."""
     levels = 0
-    for _, clips_of_episode in itertools.groupby(sorted(whole_clips, key=place_of), lambda clip: place_of(clip)[0]):
+    for _, clips_of_episode in itertools.groupby(sorted(clips, key=place_of), lambda clip: place_of(clip)[0]):
         step = 0
         for level_seed, clips_of_level in itertools.groupby(clips_of_episode, lambda clip: clip.level_seed):
             levels += 1
             env = ProcgenGym3Env(
-                num=1, env_name="coinrun", start_level=level_seed, num_levels=1, rand_seed=9, num_threads=0
+                num=1, env_name=game, start_level=level_seed, num_levels=1, rand_seed=9, num_threads=0, **options
             )
-            clips = list(clips_of_level)
-            assert all(len(clip.frames_THWC) == SMALL.clip_length for clip in clips[:-1])
-            for clip in clips:
-                assert place_of(clip)[1] == step
-                for t, (frame, action, reward) in enumerate(
-                    zip(clip.frames_THWC, clip.actions_T, clip.rewards_T, strict=True)
-                ):
+            begin, frames, known = step, [], list(clips_of_level)
+            for clip in known:
+                back = step - place_of(clip)[1]  # frames of the clip before, only in a level's last clip
+                assert back == 0 or (clip is known[-1] and len(clip) == clip_length)
+                assert len(clip) == min(clip_length, step + len(clip) - back - begin)
+                assert all(map(np.array_equal, clip.frames_THWC[:back], frames[len(frames) - back :]))
+                for t in range(back, len(clip)):
                     _, observation, first = env.observe()
-                    begins = clip is clips[0] and t == 0
-                    assert first[0] == begins, f"{clip.clip_id}: a level ends within the clip"
-                    np.testing.assert_array_equal(frame, observation["rgb"][0])
-                    env.act(np.array([action]))
-                    assert env.observe()[0][0] == reward
+                    assert first[0] == (step == begin), f"{clip.clip_id}: a level ends within the clip"
+                    np.testing.assert_array_equal(clip.frames_THWC[t], observation["rgb"][0])
+                    frames.append(clip.frames_THWC[t])
+                    env.act(clip.actions_T[t : t + 1])
+                    reward, _, first = env.observe()
+                    assert reward[0] == clip.rewards_T[t]
+                    assert first[0] == (clip.terminated_T[t] or clip.truncated_T[t])
                     step += 1
-            assert env.observe()[2][0] or step == 1000, f"{clip.clip_id}: the level goes on after its last clip"
+            solved = bool(env.get_info()[0]["prev_level_complete"]) if first[0] else None
+            assert {clip.success for clip in known} == {solved}
+            assert first[0] or step == 1000, f"{clip.clip_id}: the level goes on after its last clip"
         assert step == 1000
-    assert levels > 20
+    return levels
 
 
-def test_every_time_step_is_kept_or_in_a_piece_that_is_too_short(whole_clips):
-    assert sum(len(clip.frames_THWC) for clip in whole_clips) == 6 * 1000
+def test_every_level_replays_from_its_seed_and_ends_where_its_last_clip_ends(whole_clips):
+    assert replayed_levels(whole_clips, SMALL.clip_length, "coinrun") > 20
+
+
+def test_only_levels_that_are_too_short_are_left_out(whole_clips):
     kept = make_clips(SMALL, Task("train", 0, 6))
-    long_enough = [clip for clip in whole_clips if len(clip.frames_THWC) >= SMALL.min_clip_length]
+    long_enough = [clip for clip in whole_clips if len(clip) >= SMALL.min_clip_length]
     assert 0 < len(long_enough) < len(whole_clips)
     assert [clip.clip_id for clip in kept] == [clip.clip_id for clip in long_enough]
     for clip, expected in zip(kept, long_enough, strict=True):
         np.testing.assert_array_equal(clip.frames_THWC, expected.frames_THWC)
         np.testing.assert_array_equal(clip.actions_T, expected.actions_T)
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        ((0, 64), [(0, 32), (32, 64)]),
+        ((10, 75), [(10, 42), (42, 74), (43, 75)]),
+        ((10, 73), [(10, 42), (41, 73)]),
+        ((5, 25), [(5, 25)]),
+        ((5, 20), []),
+    ],
+)
+def test_the_last_clip_of_a_level_reaches_back(level, expected):
+    assert list(cut(*level, clip_length=32, min_clip_length=16)) == expected
 
 
 def test_coins_are_rewarded_at_the_last_action_of_their_clip(whole_clips):
@@ -110,11 +135,14 @@ def test_coins_are_rewarded_at_the_last_action_of_their_clip(whole_clips):
     for clip in rewarded:
         assert clip.rewards_T[-1] == 10
         assert not clip.rewards_T[:-1].any()
+        assert clip.success
+        assert clip.terminated_T[-1]
+        assert not clip.truncated_T.any()
 
 
 def test_sticky_policy_gets_further_than_uniform(whole_clips):
     rng = np.random.default_rng(0)
-    actions = {policy: choose_actions(policy, rng, 20, 1000) for policy in ("uniform", "sticky")}
+    actions = {policy: choose_actions(policy, COINRUN_WEIGHTS, rng, 20, 1000) for policy in ("uniform", "sticky")}
     right = {policy: np.isin(a, RIGHT).mean() for policy, a in actions.items()}
     held = {policy: (a[:, 1:] == a[:, :-1]).mean() for policy, a in actions.items()}
     assert abs(right["uniform"] - 3 / 15) < 0.02
@@ -172,6 +200,10 @@ def test_dataset_holds_what_its_metadata_says(dataset):
     metadata = read_metadata(dataset)
     assert (metadata.environment, metadata.num_actions, metadata.fps) == ("coinrun", 15, 15)
     assert metadata.action_names == ACTION_NAMES
+    assert metadata.levels["ended"] > metadata.levels["solved"] > 10
+    assert metadata.levels["rewards"] == pytest.approx(
+        10 * metadata.levels["solved"] / metadata.levels["ended"], abs=1e-3
+    )
     assert sorted(path.name for path in dataset.iterdir()) == ["metadata.json", "test", "train", "val"]
     ids = []
     for split in SPLITS:
@@ -307,11 +339,12 @@ def test_any_environment_can_be_recorded(tmp_path):
     assert (metadata.environment, metadata.frame_shape, metadata.fps) == ("counting", (8, 12, 3), 4)
     assert (metadata.action_names, metadata.same_actions, metadata.idle_action) == (("A", "B"), {}, "B")
     clips = ClipSource(tmp_path / "new", "train", seq_len=1)
-    assert len(clips) == 3 * (3 * 9 + 3)  # rests of 12 and 4 frames are too short
+    assert len(clips) == 3 * (3 * 10 + 4)
+    assert metadata.levels == {"ended": 5 * 3, "solved": None, "rewards": pytest.approx(np.arange(900).sum() / 3)}
     for clip in clips.clips(range(len(clips))):
         t = place_of(clip)[1] + np.arange(32)
         assert t[0] // 300 == t[-1] // 300
-        assert clip.level_seed is None
+        assert (clip.level_seed, clip.terminated_T, clip.truncated_T, clip.success) == (None,) * 4
         np.testing.assert_array_equal(clip.frames_THWC[:, 3, 4, 1], t % 256)
         np.testing.assert_array_equal(clip.actions_T, t % 2)
         np.testing.assert_array_equal(clip.rewards_T, t)
@@ -405,7 +438,12 @@ def test_continues_notes_that_name_no_environment_and_no_other_one(dataset, tmp_
         ("--val_fraction 0.3", 1),
         ("--test_fraction nan", 1),
         ("--policy clever", 2),
-        ("--env chess", 2),
+        ("--env chess", 1),
+        ("--env gymnasium", 1),
+        ("--frame_skip 2", 1),
+        ("--distribution_mode extreme", 1),
+        ("--planner_rollouts 0", 1),
+        ("--planner_explore 1.0", 1),
         ("--num_episodes many", 2),
     ],
 )
@@ -422,6 +460,26 @@ def test_bad_flags_are_refused_by_name_and_value(flags, status, tmp_path, monkey
         assert len(stderr.splitlines()) == 1
         assert stderr.startswith(f"error: {flags}: expected ")
     assert not (tmp_path / "new").exists()
+
+
+def test_an_environment_refuses_options_and_policies_that_it_has_not(tmp_path):
+    for changes, message in (
+        ({"center_agent": False}, "`center_agent` False: expected nothing: counting has no such option"),
+        ({"policy": "planner"}, "`policy` planner: expected uniform or sticky for counting"),
+    ):
+        with pytest.raises(InputError, match=message):
+            record(Counting(), RecordingOptions(num_episodes=3, **changes), tmp_path / "new", num_workers=0)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_folder_is_named_after_the_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(Config(num_episodes=1, env="maze"))
+    assert read_metadata("data/maze").environment == "maze"
+    said = capsys.readouterr().out
+    assert "data/maze\n" in said
+    assert "% solved" in said
+    assert folder_name("gymnasium:ALE/Breakout-v5") == "ALE-Breakout-v5"
 
 
 def test_missing_procgen_says_what_to_install(tmp_path, monkeypatch):

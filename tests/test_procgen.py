@@ -1,0 +1,130 @@
+"""All of Procgen's games: what is said of them is true of them, and the planner plays them."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from generate_dataset import Config
+from models.errors import InputError
+from sources import procgen, recording
+from sources.environment import RecordingOptions
+from sources.planner import DECISION_STEPS, Planner
+from sources.procgen import ACTION_NAMES, GAMES, Procgen
+from sources.recording import Task, record
+from tests.test_generate import ProcgenGym3Env, replayed_levels
+
+NUM_ACTIONS = len(ACTION_NAMES)
+
+
+def test_there_are_sixteen():
+    from procgen.env import ENV_NAMES
+
+    assert list(GAMES) == ENV_NAMES
+
+
+@pytest.mark.parametrize("game", [game for game in GAMES if game != "coinrun"])  # tests/test_generate.py has CoinRun
+def test_facts_about_actions_are_true_of_the_game(game):
+    """From many states of a game, each action is done once, and then the same for all of them."""
+    rng = np.random.default_rng(1)
+    playing = ProcgenGym3Env(num=4, env_name=game, rand_seed=1, num_threads=0)
+    trying = ProcgenGym3Env(num=NUM_ACTIONS, env_name=game, rand_seed=1, num_threads=0)
+    differs = np.zeros((NUM_ACTIONS, NUM_ACTIONS), bool)
+    held_B = rng.integers(NUM_ACTIONS, size=4)
+    for _ in range(12):
+        for _ in range(int(rng.integers(1, 25))):
+            held_B = np.where(rng.random(4) < 0.2, rng.integers(NUM_ACTIONS, size=4), held_B)
+            playing.act(held_B)
+        for state in playing.get_state():
+            trying.set_state([state] * NUM_ACTIONS)
+            actions, seen = np.arange(NUM_ACTIONS), []
+            for _ in range(12):
+                trying.act(actions)
+                rewards, observation, first = trying.observe()
+                rows = (observation["rgb"], rewards.view(np.uint8), first.view(np.uint8))
+                seen.append(np.concatenate([row.reshape(NUM_ACTIONS, -1) for row in rows], axis=1))
+                if rng.random() < 0.3 or actions[0] != actions[1]:
+                    actions = np.full(NUM_ACTIONS, rng.integers(NUM_ACTIONS))
+            seen = np.concatenate(seen, axis=1)
+            differs |= (seen[:, None] != seen[None]).any(axis=2)
+    same = {name: Procgen(game).same_actions.get(name, name) for name in ACTION_NAMES}
+    for (i, a), (j, b) in itertools.combinations(enumerate(ACTION_NAMES), 2):
+        assert differs[i, j] == (same[a] != same[b]), f"{a} and {b}"
+
+
+@pytest.mark.parametrize(
+    ("game", "options"),
+    [
+        ("maze", {"distribution_mode": "easy", "use_monochrome_assets": True}),
+        ("heist", {"distribution_mode": "memory", "center_agent": False}),
+        ("leaper", {"restrict_themes": True, "use_backgrounds": False}),
+        ("starpilot", {"distribution_mode": "extreme"}),
+    ],
+)
+def test_options_are_procgens_and_levels_replay(game, options):
+    config = Config(num_episodes=3, policy="sticky", min_clip_length=1, **options)
+    clips, outcomes = recording.make_clips(Procgen(game), config, Task("val", 0, 2))
+    levels = replayed_levels(clips, config.clip_length, game, **options)
+    assert levels - 2 <= outcomes.ended <= levels
+    assert all(2**29 <= clip.level_seed < 2**29 + config.num_levels for clip in clips)
+
+
+def test_time_up_is_no_death():
+    clips, _ = recording.make_clips(Procgen("maze"), RecordingOptions(min_clip_length=1), Task("train", 0, 2))
+    ends = [clip for clip in clips if clip.truncated_T.any()]
+    assert len(ends) >= 2  # a random walk does not often find the cheese
+    for clip in ends:
+        assert clip.truncated_T[-1]
+        assert not clip.terminated_T.any()
+        assert clip.success is False
+
+
+def test_the_planner_solves_more_than_sticky_and_makes_mistakes(monkeypatch):
+    monkeypatch.setattr(procgen, "EPISODE_STEPS", 500)
+
+    def solved(**changes) -> tuple[int, int]:
+        """Levels that were solved, and that came to their end."""
+        options = RecordingOptions(**{"policy": "planner", "planner_rollouts": 16} | changes)
+        played = Procgen("coinrun").play(options, "train", 4, np.random.default_rng(5))
+        return int(played.success_BT.sum()), int((played.terminated_BT | played.truncated_BT).sum())
+
+    perfect, planned, careless, sticky = (
+        solved(**changes) for changes in ({"planner_explore": 0.0}, {}, {"planner_explore": 0.8}, {"policy": "sticky"})
+    )
+    shares = [found / ended for found, ended in (perfect, planned, careless, sticky)]
+    assert shares[0] > 0.95
+    assert shares[0] > shares[1] > max(shares[2:])
+    assert planned[0] > 1.5 * sticky[0]
+
+
+def test_the_planner_is_a_function_of_its_seed(monkeypatch):
+    monkeypatch.setattr(procgen, "EPISODE_STEPS", 64)
+    options = RecordingOptions(policy="planner", planner_rollouts=4)
+    a, b, other = (
+        Procgen("leaper").play(options, "train", 2, np.random.default_rng(seed)).actions_BT for seed in (5, 5, 6)
+    )
+    np.testing.assert_array_equal(a, b)
+    assert (a != other).any()
+
+
+def test_a_plan_comes_true():
+    """A plan that ends a level does so when it is played, at the step and with the reward that was tried."""
+    env = ProcgenGym3Env(num=1, env_name="coinrun", distribution_mode="easy", rand_seed=4, num_threads=0)
+    make = lambda num: ProcgenGym3Env(num=num, env_name="coinrun", distribution_mode="easy", rand_seed=0, num_threads=0)
+    planner = Planner(make, 1, 32, 0.0, procgen.COINRUN_WEIGHTS, np.random.default_rng(0))
+    plan = planner.plan(env.get_state()[0])
+    while len(plan) % DECISION_STEPS == 0:  # it leads to no end yet
+        for action in plan:
+            env.act(np.array([action]))
+        plan = planner.plan(env.get_state()[0])
+    for i, action in enumerate(plan):
+        env.act(np.array([action]))
+        reward, _, first = env.observe()
+        assert bool(first[0]) == (i == len(plan) - 1)
+    assert reward[0] == 10
+
+
+def test_modes_that_a_game_has_not_are_refused(tmp_path):
+    options = RecordingOptions(num_episodes=3, distribution_mode="memory")
+    with pytest.raises(InputError, match="`distribution_mode` memory: expected easy, hard, extreme for leaper"):
+        record(Procgen("leaper"), options, tmp_path / "new", num_workers=0)
