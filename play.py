@@ -84,6 +84,12 @@ def load_game(cfg: Config) -> Game:
     width = 1 if on_cpu else cfg.max_players
     thread = ThreadPoolExecutor(1, "device")
     engines = [Engine(load_world(name, Compute(dtype=dtype)), width, thread) for name in names]
+    for name, engine in zip(names, engines, strict=True):
+        if columns := engine.cfg.dynamics.action_values:
+            raise InputError(
+                f"`checkpoint` {name}: an action of this world has {len(columns)} columns, the page has one button for "
+                "each action; sample.py plays it (--actions sweep, or a list)"
+            )
     source, message = open_dataset(cfg, names[0])
     metadata = source.metadata if source else None
     true_names = metadata.action_names if metadata else None
