@@ -56,14 +56,14 @@ def _action(name: str | None, share: float | None, count: int, true: str | None 
 
 
 def spoken(action: int | np.ndarray, columns: Sequence[ActionColumn] = ()) -> str:
-    """An action in words: its number, or those of its columns that are not at 0, with what they say."""
+    """An action in words: its number, or those of its columns that are not at rest, with what they say."""
     if np.ndim(action) == 0:
         return f"action {action}"
     said = []
     for column, value in zip(columns, np.asarray(action), strict=True):
         if column.values is None and round(float(value), 2):
             said.append(f"{column.name} {value:.2f}")
-        elif column.values is not None and value:
+        elif column.values is not None and value != column.rest:
             named = column.values[int(value)]
             said.append(column.name if len(column.values) == 2 else f"{column.name} {named}")
     return ", ".join(said) or "nothing"

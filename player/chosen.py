@@ -11,6 +11,7 @@ from models.actions import no_actions, random_actions
 from models.errors import InputError
 from models.genie import World
 from player.actions import spoken
+from player.controls import Controls
 from utils.actions import ActionColumn
 from utils.data import Batch, ClipSource
 
@@ -54,7 +55,7 @@ def random_like(world: World, seed: int, num_clips: int, num_frames: int) -> np.
 def listed_actions(world: World, text: str, columns: Sequence[ActionColumn]) -> np.ndarray:
     """Actions (S,), int32 or rows, from what the user writes: "0,3,3", or of columns "forward+jump,camera_x=-10,none".
 
-    Of columns that are not named, discrete ones are at their first value, real ones at their mean.
+    Columns that are not named are at rest (`ActionColumn.rest`).
 
     Raises:
       InputError: That means nothing here.
@@ -70,7 +71,7 @@ def listed_actions(world: World, text: str, columns: Sequence[ActionColumn]) -> 
     places = {column.name: i for i, column in enumerate(columns)}
     rows = []
     for step in text.split(","):
-        rows.append(still(columns))
+        rows.append(Controls(columns).still.copy())
         for term in [] if step == "none" else step.split("+"):
             name, _, said = term.partition("=")
             if name not in places:
@@ -101,13 +102,8 @@ def _value(text: str, column: ActionColumn, said: str) -> float:
         raise InputError(f"`actions` {text}: {column.name} is a number, as in {column.name}={column.mean:g}") from None
 
 
-def still(columns: Sequence[ActionColumn]) -> np.ndarray:
-    """The row in which nothing is done: first values, and means."""
-    return np.array([column.mean if column.values is None else 0 for column in columns], np.float32)
-
-
 def swept_actions(world: World, columns: Sequence[ActionColumn]) -> tuple[np.ndarray, list[str]]:
-    """Each action, (A,) int32; of columns (A, …) first nothing, then what each can do beside that, one at a time.
+    """Each action, (S,) int32; of columns, rows: first nothing, then what each of the page's buttons does.
 
     Returns:
       The actions, and what those of columns are called.
@@ -115,11 +111,6 @@ def swept_actions(world: World, columns: Sequence[ActionColumn]) -> tuple[np.nda
     if not world.cfg.dynamics.action_values:
         return np.arange(world.num_actions, dtype=np.int32), []
     _expect_names(world, columns, "sweep")
-    rows = [still(columns)]
-    for i, column in enumerate(columns):
-        values = column.values
-        others = (column.mean - column.scale, column.mean + column.scale) if values is None else range(1, len(values))
-        for value in others:
-            rows.append(rows[0].copy())
-            rows[-1][i] = value
-    return np.stack(rows[:SWEPT]), [spoken(row, columns) for row in rows[:SWEPT]]
+    controls = Controls(columns)
+    rows = [controls.row([button]) for button in range(1 + len(controls.buttons))][:SWEPT]
+    return np.stack(rows), [spoken(row, columns) for row in rows]

@@ -1,5 +1,6 @@
 """Worlds of true actions beyond one integer: each column is heard, none can be told from some, and the rest works."""
 
+import asyncio
 import dataclasses
 import json
 
@@ -13,8 +14,12 @@ from models.actions import no_actions, random_actions
 from models.dynamics import DynamicsConfig, actions_to
 from models.genie import DYNAMICS, World, load_world
 from models.nn import Compute
+from models.sampling import SamplingConfig, rollout
+from play import Config, load_game
 from player.chosen import swept_actions
+from player.controls import Controls
 from tests.conftest import CACHE, FRAME, SMALL, make_clip, script
+from tests.test_play import serving
 from utils.actions import ActionColumn
 from utils.data import ClipSource
 from utils.records import Metadata, write_metadata, write_shard
@@ -157,11 +162,56 @@ def test_the_world_is_measured(rows_world, tmp_path):
     assert (tmp_path / "report.html").is_file()
 
 
-def test_the_page_has_no_buttons_for_columns(rows_world):
-    failed = script("play", "--checkpoint", rows_world, check=False)
-    assert failed.returncode == 1
-    assert "an action of this world has 3 columns" in failed.stderr
-    assert failed.stderr.count("\n") == 1
+def test_buttons_and_the_mouse_set_columns():
+    keys = tuple(ActionColumn(name, ("up", "down")) for name in ("forward", "jump"))
+    aim = ActionColumn("mouse_x", ("-100", "-10", "0", "+10", "+100"))
+    controls = Controls([*keys, aim, *COLUMNS[1:]])
+    assert controls.still.tolist() == [0, 0, 2, 1, 0]
+    names = [action.name for action in controls.actions()]
+    assert names == ["nothing", "forward", "jump", "mouse_x -", "mouse_x +", "turn -", "turn +", "item bow", "item axe"]
+    assert controls.row([1, 2]).tolist() == [1, 1, 2, 1, 0]
+    assert controls.row([0, 5, 8]).tolist() == [0, 0, 2, -3, 2]
+    assert [controls.columns[i].name for i in controls.mouse] == ["mouse_x", "turn"]
+    assert controls.row([1], (0.02, 0.5)).tolist() == [1, 0, 2, 7, 0]
+    assert controls.row([], (-1, 0)).tolist() == [0, 0, 0, 1, 0]
+    vpt = Controls([*keys, ActionColumn("camera_y"), ActionColumn("camera_x")])
+    assert vpt.row([], (1, -1)).tolist() == [0, 0, -3, 3]
+
+
+def test_the_page_plays_rows(rows_world):
+    """Several buttons at once, and the mouse, lead to the frames that `rollout` draws for their row."""
+    game = load_game(Config(checkpoint=(str(rows_world),), open=False, steps=2, compile_cache=""))
+    world = load_world(rows_world)
+
+    async def play():
+        async with serving(game) as (_, _, connect):
+            client = await connect()
+            hello, body = await client.receive("hello")
+            prompt = body.reshape(hello["prompts"])[0]
+            await client.start(0, seed=5)
+            frames, labels = [], []
+            for fields in (
+                {"action": 0},
+                {"action": 1, "held": [1, 5], "mouse": [0, 0]},
+                {"action": 0, "mouse": [0.5, 0]},
+            ):
+                await client.send(type="step", steps=2, temperature=1.0, **fields)
+                header, body = await client.receive("frame")
+                frames.append(body.reshape(FRAME))
+                labels += header["labels"]
+            for bad in ({"held": [99]}, {"held": 1}, {"mouse": [2, 0]}, {"mouse": [0]}):
+                await client.send(type="step", action=0, steps=2, temperature=1.0, **bad)
+                assert "step takes" in (await client.receive("error"))[0]["message"]
+            return hello, prompt, frames, labels
+
+    hello, prompt, frames, labels = asyncio.run(play())
+    assert hello["combines"]
+    assert hello["mouse"] == ["turn"]
+    assert labels == ["turn 1.00", "jump, turn 1.00, item axe", "turn 7.00"]
+    rows = jnp.asarray([[[0, 1, 0], [1, 1, 2], [0, 7, 0]]], jnp.float32)
+    start = jnp.asarray(prompt[None, None], jnp.float32) / 255
+    expected = rollout(world, start, rows, jax.random.key(5), SamplingConfig(steps=2))
+    np.testing.assert_array_equal(np.stack(frames), (np.asarray(expected[0]) * 255 + 0.5).astype(np.uint8))
 
 
 def test_other_columns_are_not_taken_for_the_worlds(rows_world, dataset):
