@@ -8,7 +8,7 @@ REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-cuda.txt,re
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo play eval-deps env-deps browser test test-all lint requirements clean
+.PHONY: setup demo play eval-deps env-deps reader-deps browser test test-all lint requirements clean
 
 setup: $(VENV)/installed
 
@@ -39,6 +39,12 @@ $(VENV)/envs: $(VENV)/installed requirements-env.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-env.txt
 	@touch $@
 
+reader-deps: $(VENV)/readers  ## h5py and pyarrow, for datasets of other projects
+
+$(VENV)/readers: $(VENV)/installed requirements-readers.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-readers.txt
+	@touch $@
+
 # The page's test drives a real browser. Debian's is installed where that is possible; else the test says that it skipped.
 browser:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome \
@@ -47,10 +53,10 @@ browser:
 	@command -v nginx || { test "$$(id -u)" = 0 && apt-get -qq update && RUNLEVEL=1 apt-get -qq install -y nginx-light > /dev/null; } \
 		|| echo "no nginx and no way to install it: the test behind it will be skipped"
 
-test: setup env-deps browser lint
+test: setup env-deps reader-deps browser lint
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
-test-all: setup env-deps browser lint
+test-all: setup env-deps reader-deps browser lint
 	$(PY) -m pytest $(SIDE_BY_SIDE)
 
 requirements: setup  ## resolves requirements.in anew; needs uv

@@ -37,7 +37,7 @@ A world learned from video (Genie). From the project's folder:
     python play.py --checkpoint {out}
     python sample.py --checkpoint {out}
 
-{note}Frames of {shape} pixels, {fps:g} a second, of {environment}; {num_actions} actions. The world sees {window}
+{note}Frames of {shape} pixels, {fps:g} a second, of {environment}; {actions}. The world sees {window}
 frames at once; steps per frame: {sampling.steps}, order: {sampling.order}, temperature: {sampling.temperature:g}.
 {num_clips} validation clips lie in `data/`.
 
@@ -120,6 +120,7 @@ def card(cfg: Config, world: World, metadata: Metadata, sampling: SamplingConfig
     """What README.md says of a world."""
     count = lambda part: sum(x.size for x in jax.tree.leaves(nnx.state(part)))
     parts = [(name, f"{count(part):,}") for name in ("tokenizer", "lam", "dynamics") if (part := getattr(world, name))]
+    columns = world.cfg.dynamics.action_values
     figures, file = "", Path(cfg.metrics or Path(cfg.run) / "evaluation" / "metrics.json")
     metrics = read_metrics(file, "metrics") if cfg.metrics or file.is_file() else {}
     if metrics.get("sampling") == dataclasses.asdict(sampling):
@@ -135,7 +136,7 @@ def card(cfg: Config, world: World, metadata: Metadata, sampling: SamplingConfig
         shape=" × ".join(map(str, metadata.frame_shape[:2])),
         fps=metadata.fps,
         environment=metadata.environment,
-        num_actions=world.num_actions,
+        actions=f"actions of {len(columns)} columns" if columns else f"{world.num_actions} actions",
         window=world.cfg.window,
         sampling=sampling,
         num_clips=num_clips,

@@ -21,6 +21,7 @@ from models.genie import load_world, stored_sampling
 from models.nn import Compute
 from models.sampling import SamplingFlags
 from player.actions import read_actions
+from player.controls import controls_of
 from player.engine import Engine
 from player.game import MAX_STEPS, Game
 from player.server import check_address, check_origin, serve
@@ -87,16 +88,23 @@ def load_game(cfg: Config) -> Game:
     source, message = open_dataset(cfg, names[0])
     metadata = source.metadata if source else None
     true_names = metadata.action_names if metadata else None
+    columns = metadata.action_columns if metadata else ()
+    controls = [controls_of(engine.cfg.dynamics, columns) for engine in engines]
+    if any(controls) and not all(controls):
+        raise InputError("`checkpoint`: the actions of one world have columns, those of the other have none")
     actions = [
-        read_actions(name, engine.num_actions, true_names if engine.cfg.lam is None else None)
-        for name, engine in zip(names, engines, strict=True)
+        control.actions()
+        if control
+        else read_actions(name, engine.num_actions, true_names if engine.cfg.lam is None else None)
+        for name, engine, control in zip(names, engines, controls, strict=True)
     ]
     print("compiling...", flush=True)
     for engine in engines:
         engine.warm_up(sampling)
     fps = cfg.fps or (metadata.fps if metadata else 10.0)
     idle = metadata.idle_action if metadata else None
-    return Game(names, engines, actions, sampling, source, message, fps, cfg.seed, cfg.max_players, idle)
+    hands = [control for control in controls if control] or None
+    return Game(names, engines, actions, sampling, source, message, fps, cfg.seed, cfg.max_players, idle, hands)
 
 
 def open_dataset(cfg: Config, checkpoint: str) -> tuple[ClipSource | None, str]:

@@ -1,7 +1,8 @@
-"""Converts videos, arrays and folders of images to the dataset that the training scripts read (see docs/data.md).
+"""Converts videos, arrays, folders of images, and datasets of other projects to what the trainings read (docs/data.md).
 
     python preprocess_dataset.py                                        # Jafar's data/coinrun_episodes → data/coinrun
     python preprocess_dataset.py --input_dir my_videos --output_dir data/mine --height 64 --width 64 --fps 10
+    python preprocess_dataset.py --input_dir pusht --output_dir data/pusht --camera top      # LeRobot, VPT, Minari, ...
     python preprocess_dataset.py tokens --tokenizer_checkpoint runs/tokenizer --lam_checkpoint runs/lam
 
 Each file, or folder of images, is one episode. An episode is cut into clips that follow one another.

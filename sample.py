@@ -9,7 +9,7 @@ and rollout.json (PSNR and SSIM of each frame).
 
 import dataclasses
 import json
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +22,14 @@ from models.errors import InputError
 from models.genie import World, load_world, stored_sampling
 from models.nn import Compute
 from models.sampling import SamplingFlags, rollout
-from player.actions import read_actions
+from player.actions import read_actions, spoken
+from player.chosen import check_columns, known_actions, listed_actions, random_like, swept_actions
+from utils.actions import ActionColumn
 from utils.checkpoint import data_of, output_of
 from utils.cli import run
 from utils.data import Batch, ClipSource, batches, longest_clip
 from utils.metrics import pooled_psnr, ssim
+from utils.records import Metadata
 from utils.video import label, strip, sweep, upscale, write_png, write_video
 
 
@@ -44,8 +47,8 @@ class Config(SamplingFlags):
     """Split of the prompts: train, val or test."""
     actions: str = "inferred"
     """inferred: the latent actions of the true video (a world of true actions takes those); random; true: the dataset's
-    actions; a list such as 0,3,3,5, repeated to the end; or sweep: from the first prompt, one row for each action, held
-    throughout, in one picture."""
+    actions; a list such as 0,3,3,5 (or of columns, forward+jump,camera_x=-10,none), repeated to the end; or sweep: from
+    the first prompt, one row for each action, held throughout, in one picture."""
     prompt_frames: int = 1
     """Frames to start from."""
     num_frames: int = 0
@@ -94,49 +97,41 @@ def read_clips(cfg: Config, world: World, num_frames: int) -> tuple[ClipSource, 
     return source, next(batches(source, cfg.num_clips, cfg.seed))
 
 
-def known_actions(world: World, clips: Batch, length: int) -> np.ndarray:
-    """What was done between the first frames of clips, (B, length), int32: inferred or true; -1 where unknown."""
-    if length == 0 or (world.lam is None and clips.actions_BT is None):
-        return np.full((len(clips.frames_BTHWC), length), -1, np.int32)
-    if world.lam is None:
-        return np.asarray(clips.actions_BT)[:, :length]
-    return np.asarray(world.infer_actions(jnp.asarray(clips.frames_BTHWC[:, : length + 1], jnp.float32) / 255))
-
-
-def choose_actions(cfg: Config, world: World, clips: Batch, num_frames: int) -> np.ndarray:
-    """Actions (B, num_frames), int32, that lead to the frames to predict; of a sweep, a row for each action."""
-    A, B = world.num_actions, len(clips.frames_BTHWC)
-    if cfg.actions == "sweep":
-        return np.broadcast_to(np.arange(A, dtype=np.int32)[:, None], (A, num_frames))
+def choose_actions(
+    cfg: Config, world: World, clips: Batch, columns: Sequence[ActionColumn], num_frames: int
+) -> np.ndarray:
+    """Actions (B, num_frames), int32 or rows, that lead to the frames to predict; of a sweep, a clip for each."""
+    B = len(clips.frames_BTHWC)
     if cfg.actions == "random":
-        return np.random.default_rng(cfg.seed).integers(0, A, (B, num_frames), np.int32)
+        return random_like(world, cfg.seed, B, num_frames)
     if cfg.actions == "true" and world.lam is not None:
         raise InputError("`actions` true: this world was trained on latent actions; use inferred, random or a list")
     if cfg.from_truth:
         if world.lam is None and clips.actions_BT is None:
             raise InputError(f"`actions` {cfg.actions}: the dataset has none; use random or a list")
         return known_actions(world, clips, cfg.prompt_frames - 1 + num_frames)[:, cfg.prompt_frames - 1 :]
-    if not re.fullmatch(r"\d+(,\d+)*", cfg.actions):
-        raise InputError(f"`actions` {cfg.actions}: expected inferred, random, true, sweep or a list such as 0,3,3,5")
-    given = [int(a) for a in cfg.actions.split(",")]
-    if max(given) >= A:
-        raise InputError(f"`actions` {cfg.actions}: this world has the actions 0 to {A - 1}")
-    return np.broadcast_to(np.resize(np.array(given, np.int32), num_frames), (B, num_frames))
+    if cfg.actions == "sweep":
+        return swept_actions(world, columns)[0][:, None].repeat(num_frames, axis=1)
+    given = listed_actions(world, cfg.actions, columns)
+    steps = given[np.arange(num_frames) % len(given)]
+    return np.broadcast_to(steps, (B, *steps.shape))
 
 
-def draw(cfg: Config, truth: np.ndarray, predicted: np.ndarray, actions: np.ndarray, fps: float, folder: Path) -> None:
+def draw(
+    cfg: Config, truth: np.ndarray, predicted: np.ndarray, actions: np.ndarray, metadata: Metadata, folder: Path
+) -> None:
     """Writes the pictures. Frames are uint8 (B, T, H, W, C); beyond the truth's end its last frame stays."""
     truth = np.concatenate([truth, truth[:, -1:].repeat(predicted.shape[1] - truth.shape[1], axis=1)], axis=1)
     truth, predicted = upscale(truth, cfg.scale), upscale(predicted, cfg.scale)
     frames = []
     for t in range(predicted.shape[1]):
-        names = ["prompt" if t < cfg.prompt_frames else f"action {a}" for a in actions[:, t - 1]]
+        names = ["prompt" if t < cfg.prompt_frames else spoken(a, metadata.action_columns) for a in actions[:, t - 1]]
         top = [label(frame, f"truth {t}") for frame in truth[:, t]]
         bottom = [label(frame, name) for frame, name in zip(predicted[:, t], names, strict=True)]
         frames.append(np.concatenate([np.concatenate(top, axis=1), np.concatenate(bottom, axis=1)]))
     video = np.stack(frames)
-    write_video(folder / "rollout.gif", video, fps)
-    write_video(folder / "rollout.mp4", video, fps)
+    for name in ("rollout.gif", "rollout.mp4"):
+        write_video(folder / name, video, metadata.fps)
     rows = np.stack([truth, predicted], axis=1).reshape(-1, *truth.shape[1:])
     write_png(folder / "rollout.png", strip(rows))
 
@@ -171,7 +166,9 @@ def main(cfg: Config) -> None:
     source, clips = read_clips(cfg, world, num_frames)
     truth = jnp.asarray(clips.frames_BTHWC, jnp.float32) / 255
     prompt = truth[:, : cfg.prompt_frames]
-    between, chosen = known_actions(world, clips, cfg.prompt_frames - 1), choose_actions(cfg, world, clips, num_frames)
+    columns = check_columns(world, source, clips)
+    between = known_actions(world, clips, cfg.prompt_frames - 1)
+    chosen = choose_actions(cfg, world, clips, columns, num_frames)
     if cfg.actions == "sweep":
         prompt, between = prompt[:1].repeat(len(chosen), axis=0), between[:1].repeat(len(chosen), axis=0)
     actions = np.concatenate([between, chosen], axis=1)
@@ -181,12 +178,13 @@ def main(cfg: Config) -> None:
     folder = Path(cfg.output_dir or output_of(cfg.checkpoint, "samples"))
     if cfg.actions == "sweep":
         true_names = source.metadata.action_names if world.lam is None else None
-        names = [action.name for action in read_actions(cfg.checkpoint, world.num_actions, true_names)]
+        labels = read_actions(cfg.checkpoint, world.num_actions, true_names)
+        names = swept_actions(world, columns)[1] or [action.name for action in labels]
         write_png(folder / "sweep.png", sweep(video, names))
         print(f"wrote {folder}/sweep.png")
         return
     shown = slice(min(cfg.shown_clips, cfg.num_clips))
-    draw(cfg, clips.frames_BTHWC[shown], video[shown], actions[shown], source.metadata.fps, folder)
+    draw(cfg, clips.frames_BTHWC[shown], video[shown], actions[shown], source.metadata, folder)
     if cfg.from_truth:
         table = compare(truth, predicted, cfg.prompt_frames)
         (folder / "rollout.json").write_text(json.dumps({"clips": cfg.num_clips} | table, indent=2))

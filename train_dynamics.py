@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models import flops
+from models.actions import random_actions
 from models.dynamics import DynamicsConfig, Seen
 from models.errors import InputError
 from models.genie import DYNAMICS, World, WorldConfig, fingerprint, load_lam, load_tokenizer, stored_model_config
@@ -162,7 +163,7 @@ def evaluate(world: World, batch: Batch, key: jax.Array, cfg: Config, source: Ac
     loss, (metrics, _) = loss_fn(world, inputs, source, train=False)
     frames = see(world, *inputs)[1]
     actions_BTm1 = source.actions(world, batch, frames, train=False).actions_BTm1
-    random_BTm1 = jax.random.randint(key, actions_BTm1.shape, 0, world.num_actions)
+    random_BTm1 = random_actions(world.cfg.dynamics, key, actions_BTm1.shape[:2])
     predicted, misled = (roll(world, frames[:, :1], a, key, cfg.sampling) for a in (actions_BTm1, random_BTm1))
     videos = jnp.stack([frames[0], jnp.concatenate([frames[0, :1], predicted[0]])])
     return {"loss": loss} | metrics | rollout_quality(predicted, misled, frames), videos
@@ -181,7 +182,6 @@ def choose_actions(cfg: Config, metadata: Metadata) -> ActionSource:
 def world_config(cfg: Config, metadata: Metadata, source: ActionSource) -> WorldConfig:
     """Puts the world together from the checkpoints and the dataset."""
     tokenizer = stored_model_config(cfg.tokenizer_checkpoint, "tokenizer")
-    num_actions = source.num_actions(metadata)
     for name, part in (("tokenizer", tokenizer), ("lam", source.lam)):
         if part and part.frame_shape != metadata.frame_shape:
             raise InputError(
@@ -194,7 +194,7 @@ def world_config(cfg: Config, metadata: Metadata, source: ActionSource) -> World
         num_patches=tokenizer.num_patches,
         patch_size=tokenizer.patch_size,
         frame_shape=tokenizer.frame_shape,
-        num_actions=num_actions,
+        **source.actions_of(metadata),
     )
     return WorldConfig(tokenizer, source.lam, dynamics, window=cfg.seq_len)
 

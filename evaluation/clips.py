@@ -20,7 +20,7 @@ class Clips(NamedTuple):
     """The clips of an evaluation.
 
     frames_BTHWC: uint8.
-    actions_BT: int32, `actions_BT[:, t]` leads to frame t + 1; None where the dataset has none.
+    actions_BT: int32, or rows; `actions_BT[:, t]` leads to frame t + 1. None where the dataset has none.
     levels_B: A number for the level of each; where the dataset knows none, for the record.
     """
 

@@ -15,11 +15,11 @@ SWEPT_ACTIONS, SWEPT_FRAMES = 16, 8  # at most, in the picture of the action swe
 
 
 def strung_actions(actions: np.ndarray, num_clips: int, num_frames: int, seed: int) -> np.ndarray:
-    """Actions (num_clips, num_frames), int32: those of clips, drawn at random from `actions` (B, Tm1), one after
-    another, as somebody may press them."""
+    """Actions (num_clips, num_frames), int32 or rows: those of clips, drawn at random from `actions` (B, Tm1), one
+    after another, as somebody may press them."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, len(actions), (num_clips, -(-num_frames // actions.shape[1])))
-    return actions[rows].reshape(num_clips, -1)[:, :num_frames].astype(np.int32)
+    return np.concatenate(actions[rows].swapaxes(0, 1), axis=1)[:, :num_frames]
 
 
 def random_actions(num_clips: int, num_frames: int, num_actions: int, seed: int) -> np.ndarray:
@@ -40,14 +40,19 @@ def measure_control(
     """Δ_t PSNR (Genie, §3): by how much the right actions beat random ones, t frames after a prompt of one.
 
     Args:
-      actions: (B, Tm1), the right ones.
+      actions: (B, Tm1), the right ones, int32 or rows; for rows, others of them stand for random ones.
       predicted: What they led to, from frame 1 on.
       levels_B: Of the clips; those of one level count as dependent.
     """
     horizons = [t for t in HORIZONS if t < truth.shape[1]]
     last = horizons[-1]
     future = truth[:, 1 : last + 1]
-    random = play(truth[:, :1], random_actions(len(truth), last, num_actions, seed))
+    if actions.ndim == 2:
+        others = random_actions(len(truth), last, num_actions, seed)
+    else:  # rows of columns, which are likely together as they were
+        rows = actions.reshape(-1, actions.shape[-1])
+        others = rows[random_actions(len(truth), last, len(rows), seed)]
+    random = play(truth[:, :1], others)
     delta = compare(predicted[:, :last], future).psnr - compare(random, future).psnr
     measured, by_action = Measured(curves={"delta_psnr": curve(delta, levels_B=levels_B)}), {}
     for t in horizons:

@@ -119,7 +119,7 @@ def _control(metrics: Metrics, pictures: Pictures) -> Section | None:
         found = [by_action[t][action] for t in horizons]
         rows.append([f"action {action}", *(f"{figure_text(f, DELTA_PSNR.digits)} ({f['n']})" for f in found)])
     header = ["leading to frame t", *(f"{METRICS[f'{DELTA_PSNR.key}_t{t}'].name} (n)" for t in horizons)]
-    blocks: list[Any] = [_figures(metrics, CONTROL), Table(header, rows)]
+    blocks: list[Any] = [_figures(metrics, CONTROL), *([Table(header, rows)] if rows else [])]
     line = _line(metrics, DELTA_PSNR.key, DELTA_PSNR.name)
     if line:
         blocks.append(Chart(DELTA_PSNR.title, AFTER_PROMPT, [line]))

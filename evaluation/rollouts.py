@@ -60,13 +60,13 @@ class Player:
 
         Args:
           prompt: T frames.
-          actions: (B, S); `actions[:, t]` leads to frame t + 1, the first T - 1 between prompt frames.
+          actions: (B, S), or rows; `actions[:, t]` leads to frame t + 1, the first T - 1 between prompt frames.
           numbers: (B,), of the clips; their rows by default.
         Returns:
           S + 1 - T frames.
         """
         numbers = np.arange(len(prompt)) if numbers is None else numbers
-        return in_batches(self._play, self.batch_size, prompt, actions.astype(np.int32), numbers.astype(np.int32))
+        return in_batches(self._play, self.batch_size, prompt, as_played(actions), numbers.astype(np.int32))
 
     def _play(self, prompt: np.ndarray, actions: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         T = prompt.shape[1]
@@ -82,6 +82,11 @@ class Player:
         self._frames += video.shape[0] * video.shape[1]
         self._seconds += time.perf_counter() - began
         return video
+
+
+def as_played(actions: np.ndarray) -> np.ndarray:
+    """Actions as a world takes them: int32, or rows of float32."""
+    return actions.astype(np.float32 if actions.dtype.kind == "f" else np.int32)
 
 
 def _axes(state: Any) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 from evaluation.clips import in_batches, to_float, to_uint8
 from evaluation.fidelity import Compare, pooled_psnr
 from evaluation.measured import Measured
+from evaluation.rollouts import as_played
 from evaluation.stability import sharpness, unchanged
 from evaluation.statistics import figure
 from models.genie import World
@@ -49,7 +50,7 @@ def _play(
         return to_uint8(rollout(world, to_float(prompt), jnp.asarray(actions), key, way))
 
     numbers = np.arange(len(truth))
-    video = in_batches(play, batch_size, truth[:, :1], actions.astype(np.int32), numbers)
+    video = in_batches(play, batch_size, truth[:, :1], as_played(actions), numbers)
     return np.concatenate([truth[:, :1], video], axis=1)
 
 

@@ -156,17 +156,21 @@ def measure_lam(bench: Bench, lam: LAM) -> MeasuredLAM:
     return MeasuredLAM(measured | meaning, actions, labels)
 
 
-def true_actions(bench: Bench, world: World) -> tuple[np.ndarray, list[ActionLabel]]:
-    """The dataset's own actions of the whole pool (B, Tm1), for a world that was trained on such, and their labels.
+def true_actions(bench: Bench, world: World) -> tuple[np.ndarray, list[ActionLabel] | None]:
+    """The dataset's own actions of the whole pool (B, Tm1), for a world that was trained on such, and their labels;
+    rows, which have none, where an action has columns.
 
     Raises:
       InputError: The dataset has none, or has others.
     """
-    names, actions = bench.source.metadata.action_names, bench.pool.actions_BT
-    if actions is None or names is None or len(names) != world.num_actions:
+    names, columns = bench.source.metadata.action_names, bench.source.metadata.action_columns
+    actions, values = bench.pool.actions_BT, tuple(len(column.values or ()) for column in columns)
+    if actions is None or len(names or ()) != world.num_actions or values != world.cfg.dynamics.action_values:
         raise InputError(
             f"`data_dir` {bench.source.folder}: this world was trained on true actions, which are missing here"
         )
+    if names is None:
+        return actions[:, :-1].astype(np.float32), None
     return actions[:, :-1], true_action_labels(actions, names)
 
 
@@ -194,7 +198,8 @@ def measure_world(
     measured |= _pairs("rollouts", truth, rollouts, caption)
     measured |= measure_motion(rollouts, truth, levels)
     names = [label.name for label in labels] if labels else [""] * num_actions
-    measured |= action_sweep(play, truth[0, 0], truth.shape[1] - 1, names)
+    if num_actions:
+        measured |= action_sweep(play, truth[0, 0], truth.shape[1] - 1, names)
 
     m, others = from_other_levels(bench.pool.levels_B, min(plan.fvd_clips, n))
     size = min(plan.batch_size, LARGEST_I3D_BATCH)

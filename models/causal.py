@@ -25,7 +25,10 @@ class Causal(TokenDynamics):
         previous_BTN = jnp.concatenate([previous_BN[:, None], tokens_BTN[:, :-1]], axis=1)
         before_BTN = jnp.roll(tokens_BTN, 1, axis=2)
         first_N = jnp.arange(self.cfg.num_patches) == 0
-        return self._places(before_BTN, actions_BT[..., None], previous_BTN, first_N) + self.position_NM[...]
+        return (
+            self._places(before_BTN, self.embed_actions(actions_BT)[:, :, None], previous_BTN, first_N)
+            + self.position_NM[...]
+        )
 
     @staticmethod
     def frame_flops(cfg: DynamicsConfig, window: int, sampling: SamplingConfig) -> int:
@@ -54,7 +57,7 @@ class Causal(TokenDynamics):
           past: Of all earlier frames, and of the earlier places of this frame.
         """
         place = jnp.asarray(past.place)
-        x_BM = self._places(token_B, action_B, previous_B, place == 0) + self.position_NM[place]
+        x_BM = self._places(token_B, self.embed_actions(action_B), previous_B, place == 0) + self.position_NM[place]
         if picture_BM is not None:
             x_BM += picture_BM
         return self._predict(x_BM[:, None, None], past._replace(time=past.time.row(place)), keep=True)
@@ -78,17 +81,15 @@ class Causal(TokenDynamics):
         # The cache along space begins anew in each frame.
         N = self.cfg.num_patches
         space = self.transformer.empty_cache(len(action_B), 1, N)
-        _, (tokens_NB, time) = jax.lax.scan(one_place, (jnp.zeros_like(action_B), space), jnp.arange(N))
+        _, (tokens_NB, time) = jax.lax.scan(one_place, (jnp.zeros(len(action_B), jnp.int32), space), jnp.arange(N))
         # Stacked over places, the axes are (N, blocks, B, 1, ...).
         return tokens_NB.T, jax.tree.map(lambda x: jnp.moveaxis(x[:, :, :, 0], 0, 2), time)
 
-    def _places(self, before_X: jax.Array, action_X: jax.Array, previous_X: jax.Array, first_X: jax.Array) -> jax.Array:
+    def _places(
+        self, before_X: jax.Array, actions_XM: jax.Array, previous_X: jax.Array, first_X: jax.Array
+    ) -> jax.Array:
         """Embeds places (..., M) by what each takes in; the arguments broadcast against each other."""
-        table_KM, actions_XM, first_X1 = (
-            self.token_embedding[...],
-            self.action_embedding[...][action_X],
-            first_X[..., None],
-        )
+        table_KM, first_X1 = self.token_embedding[...], first_X[..., None]
         if self.cfg.action_token == "add":
             x_XM = jnp.where(first_X1, table_KM[-1], table_KM[before_X]) + actions_XM
         else:

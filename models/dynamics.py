@@ -15,6 +15,7 @@ import tyro
 from flax import nnx
 
 from models import flops, init
+from models.actions import ColumnEmbedding
 from models.kernels import KV, products
 from models.motion import Damage, draw_damage, frames_before
 from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, patchify
@@ -52,7 +53,12 @@ class DynamicsConfig(STConfig):
     frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
     """(H, W, C), set from the dataset."""
     num_actions: Annotated[int, tyro.conf.Suppress] = 6
-    """Actions, latent or true, set from the LAM's checkpoint or the dataset."""
+    """Actions, latent or true, set from the LAM's checkpoint or the dataset. 0 where they have columns."""
+    action_values: Annotated[tuple[int, ...], tyro.conf.Suppress] = ()
+    """Of actions with columns, the values of each, 0 for real numbers; set from the dataset."""
+    action_mean: Annotated[tuple[float, ...], tyro.conf.Suppress] = ()
+    action_scale: Annotated[tuple[float, ...], tyro.conf.Suppress] = ()
+    """Of each column, if it holds real numbers."""
 
 
 class Seen(NamedTuple):
@@ -61,7 +67,7 @@ class Seen(NamedTuple):
     tokens_BTN: int32, the tokenizer's.
     frames_BTHWC: In [0, 1]; from a token dataset without, the frames that the tokens make.
     last_BTHWC: For each frame the picture before it as the model is shown it; see `Dynamics.pictures_before`.
-    actions_BTm1: int32; entry t leads from frame t to frame t + 1.
+    actions_BTm1: int32, or rows (see `models.actions`); entry t leads from frame t to frame t + 1.
     """
 
     tokens_BTN: jax.Array
@@ -162,8 +168,8 @@ class Hidden(NamedTuple):
 class TokenDynamics(Dynamics):
     """Predicts the tokens of each frame, int32 from 0 to K - 1, from earlier frames and the action that led to it.
 
-    Actions are given by the frame that they lead to: `actions_BT[:, t]` leads to frame t; -1 means none, as for the
-    first frame of a clip.
+    Actions are given by the frame that they lead to: `actions_BT[:, t]` leads to frame t; -1 or a row of NaN
+    means none, as for the first frame of a clip.
     """
 
     causal_space = False
@@ -178,6 +184,8 @@ class TokenDynamics(Dynamics):
             self.picture_in = linear(cfg.patch_size**2 * cfg.frame_shape[2], cfg.width, compute, rngs, bias=True)
         places = Places(-(-cfg.frame_shape[1] // cfg.patch_size), self.extra_places(cfg))
         self.transformer = STTransformer(cfg, compute, rngs, places, causal_space=self.causal_space)
+        if cfg.action_values:
+            self.action_columns = ColumnEmbedding(cfg, compute, rngs)
 
     def __call__(
         self,
@@ -204,6 +212,13 @@ class TokenDynamics(Dynamics):
             assert last_BTHWC is not None
             x_BTNM = x_BTNM.at[:, :, self.extra_places(self.cfg) :].add(self.embed_picture(last_BTHWC))
         return self._predict(x_BTNM, past, keep)
+
+    def embed_actions(self, actions_X: jax.Array) -> jax.Array:
+        """Embeddings (..., M) of actions; none is the last row."""
+        table_AM = self.action_embedding[...]
+        if not self.cfg.action_values:
+            return table_AM[actions_X]
+        return jnp.where(jnp.isnan(actions_X[..., :1]), table_AM[-1], self.action_columns(actions_X))
 
     def embed_picture(self, last_BTHWC: jax.Array) -> jax.Array:
         """What each place takes in of the picture before, (B, T, N, M)."""
@@ -302,8 +317,9 @@ class TokenDynamics(Dynamics):
 
 
 def actions_to(actions_BTm1: jax.Array) -> jax.Array:
-    """From actions between frames to the action that led to each frame (B, T); none, -1, to the first."""
-    return jnp.pad(actions_BTm1, ((0, 0), (1, 0)), constant_values=-1)
+    """From actions between frames to the action that led to each frame (B, T); none to the first."""
+    none = -1 if jnp.issubdtype(actions_BTm1.dtype, jnp.integer) else jnp.nan
+    return jnp.pad(actions_BTm1, ((0, 0), (1, 0), *((0, 0),) * (actions_BTm1.ndim - 2)), constant_values=none)
 
 
 def masked_cross_entropy(

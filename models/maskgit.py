@@ -26,7 +26,7 @@ class MaskGIT(TokenDynamics):
         # that what stays as it is, which is most of a video, need not be learned code by code.
         table_KM = self.token_embedding[...]
         x_BTNM = table_KM[known_BTN] + jnp.where(hidden_BTN[..., None], table_KM[previous_BTN], 0.0)
-        actions_BT1M = self.action_embedding[...][actions_BT][:, :, None]  # -1 is the last row
+        actions_BT1M = self.embed_actions(actions_BT)[:, :, None]
         if self.cfg.action_token == "prepend":
             return jnp.concatenate([actions_BT1M, x_BTNM], axis=2) + self.position_NM[...]
         return x_BTNM + actions_BT1M + self.position_NM[...]

@@ -86,7 +86,7 @@ def start_rollout(world: "World", frames_BTHWC: jax.Array, actions_BTm1: jax.Arr
 
     Args:
       frames_BTHWC: At least one frame, in [0, 1]; of more than `window - 1`, the last ones count.
-      actions_BTm1: int32, the actions between them; empty for a single frame.
+      actions_BTm1: int32, or rows, the actions between them; empty for a single frame.
     """
     T = min(frames_BTHWC.shape[1], world.cfg.window - 1)
     frames_BTHWC = frames_BTHWC[:, -T:]
@@ -100,7 +100,7 @@ def next_frame(
     """Draws the frame that an action leads to.
 
     Args:
-      action_B: int32, one action for each rollout of the batch.
+      action_B: int32, or rows (see `models.actions`), one action for each rollout of the batch.
     Returns:
       The frame (B, H, W, C), float32 in [0, 1], and the state after it.
     """
@@ -115,7 +115,8 @@ def rollout(
 
     Args:
       frames_BTHWC: T prompt frames in [0, 1].
-      actions_BS: int32; `actions_BS[:, t]` leads from frame t to frame t + 1, the first T - 1 between prompt frames.
+      actions_BS: int32, or rows; `actions_BS[:, t]` leads from frame t to frame t + 1, the first T - 1 between prompt
+        frames.
     Returns:
       The S + 1 - T predicted frames that follow the prompt, (B, S + 1 - T, H, W, C), float32 in [0, 1].
     """

@@ -4,8 +4,12 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from utils.actions import ActionColumn
 from utils.checkpoint import output_of
 
 STAY = "stay"
@@ -49,6 +53,20 @@ def _action(name: str | None, share: float | None, count: int, true: str | None 
     """From a row of the file; where an older one says nothing of the true action, the name is it."""
     share = None if share is None or not count else float(share)
     return Action(name or "", share, int(count), (name if true is None else true) or "")
+
+
+def spoken(action: int | np.ndarray, columns: Sequence[ActionColumn] = ()) -> str:
+    """An action in words: its number, or those of its columns that are not at rest, with what they say."""
+    if np.ndim(action) == 0:
+        return f"action {action}"
+    said = []
+    for column, value in zip(columns, np.asarray(action), strict=True):
+        if column.values is None and round(float(value), 2):
+            said.append(f"{column.name} {value:.2f}")
+        elif column.values is not None and value != column.rest:
+            named = column.values[int(value)]
+            said.append(column.name if len(column.values) == 2 else f"{column.name} {named}")
+    return ", ".join(said) or "nothing"
 
 
 def idle_action(actions: list[Action], idle: str | None = None) -> int:

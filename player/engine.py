@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.actions import no_actions
 from models.genie import World
 from models.sampling import SamplingConfig, next_frame, start_rollout
 
@@ -18,7 +19,7 @@ from models.sampling import SamplingConfig, next_frame, start_rollout
 class Request(NamedTuple):
     """The next frame of one rollout: after `state` (of batch size 1), by `action`, with the randomness of `seed`.
 
-    action, seed: Integers; int32 scalars on the device.
+    action, seed: Integers, int32 scalars on the device; where an action has columns, it is a row of float32.
     """
 
     state: Any
@@ -42,13 +43,15 @@ class Engine:
         graphdef, self._variables = nnx.split(world)
         self.cfg = world.cfg
         self.num_actions = world.num_actions
+        self._no_action = no_actions(world.cfg.dynamics, ())
+        between = no_actions(world.cfg.dynamics, (1, 0))
         self._width, self._thread = width, thread
         self._queue: asyncio.Queue[tuple[Request, asyncio.Future]] = asyncio.Queue()
 
         @jax.jit
         def start(variables, frame_HWC):
             frames_BTHWC = frame_HWC[None, None].astype(jnp.float32) / 255
-            return start_rollout(nnx.merge(graphdef, variables), frames_BTHWC, jnp.zeros((1, 0), jnp.int32))
+            return start_rollout(nnx.merge(graphdef, variables), frames_BTHWC, jnp.asarray(between))
 
         @jax.jit
         def step(variables, requests):
@@ -70,7 +73,7 @@ class Engine:
     def warm_up(self, cfg: SamplingConfig) -> None:
         """Compiles everything."""
         blank = np.zeros(self.cfg.tokenizer.frame_shape, np.uint8)
-        self._compute([Request(self._start(self._variables, blank), 0, 0, cfg)])
+        self._compute([Request(self._start(self._variables, blank), np.zeros_like(self._no_action), 0, cfg)])
 
     async def start(self, frame_HWC: np.ndarray) -> Any:
         """The state after one prompt frame, uint8 and of the world's shape."""
@@ -112,7 +115,7 @@ class Engine:
         arrays = tuple(
             Request(
                 r.state,
-                np.int32(r.action),
+                np.asarray(r.action, self._no_action.dtype),
                 np.int32(r.seed),
                 dataclasses.replace(r.cfg, steps=np.int32(r.cfg.steps), temperature=np.float32(r.cfg.temperature)),  # type: ignore[arg-type]
             )

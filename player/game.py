@@ -15,7 +15,8 @@ from aiohttp import ClientError, WSCloseCode, WSMsgType, web
 
 from models.errors import InputError
 from models.sampling import SamplingConfig
-from player.actions import Action, idle_action, matching_actions
+from player.actions import Action, idle_action, matching_actions, spoken
+from player.controls import Controls, parse_hands
 from player.engine import Engine, Request
 from player.pictures import decode_picture, fit_picture
 from player.recording import Moment, encode_recording
@@ -40,6 +41,7 @@ class Game:
     source: Clips to take the first frames from, or None; `message` then says what to do.
     fps: Frames per second that the page aims at.
     idle: Name of the action that does nothing, by the dataset's word; None if it has none.
+    controls: Where actions have columns, for each world what its buttons do to them; else None.
     """
 
     names: tuple[str, ...]
@@ -52,6 +54,7 @@ class Game:
     seed: int = 0
     max_players: int = 4
     idle: str | None = None
+    controls: list[Controls] | None = None
 
     def __post_init__(self):
         self.shapes = [engine.cfg.tokenizer.frame_shape for engine in self.engines]
@@ -97,7 +100,8 @@ class Player:
     hello: Worlds, actions and settings; with the frames to start from.
     start (prompt, seed) → started: prompt is an index, -1 the uploaded picture, -2 what the last game started from;
       with the first frame of each world.
-    step (action, steps, temperature) → frame: With the next frame of each world.
+    step (action, steps, temperature) → frame: With the next frame of each world. Where actions have columns, `held`
+      lists other buttons that are down, and `mouse` says how far it moved, from -1 to 1 across and down.
     a binary message, a picture file → uploaded: With the picture, in the first world's shape.
     prompts (seed) → prompts: With other frames to start from.
     record (on) → recording; save (format: gif or mp4) → file: With the video.
@@ -193,6 +197,8 @@ class Player:
             if type(value) is not of or (of is str and value not in (low, high)) or not low <= value <= high:
                 raise InputError(f"{kind} needs {name}, {of.__name__}, from {low} to {high}")
             fields[name] = value
+        if kind == "step" and self.game.controls:
+            fields |= parse_hands(message, len(self.game.actions[0]))
         return kind, fields
 
     async def play(self) -> None:
@@ -246,6 +252,8 @@ class Player:
             "fps": game.fps,
             "message": game.message,
             "max_recording": game.max_recording,
+            "combines": game.controls is not None,
+            "mouse": [c.columns[i].name for c in (game.controls or [])[:1] for i in c.mouse],
             "prompts": self.prompts.shape,
         }
         await self.send(header, self.prompts)
@@ -283,17 +291,23 @@ class Player:
         game, action = self.game, message["action"]
         sampling = dataclasses.replace(game.sampling, steps=message["steps"], temperature=message["temperature"])
         actions = [matching[action] for matching in game.matching]
+        taken: list[Any] = actions
+        labels = [known[a].name or f"action {a}" for known, a in zip(game.actions, actions, strict=True)]
+        if game.controls:
+            pressed = [[matching[button] for button in (action, *message["held"])] for matching in game.matching]
+            taken = [c.row(held, message["mouse"]) for c, held in zip(game.controls, pressed, strict=True)]
+            labels = [spoken(row, c.columns) for c, row in zip(game.controls, taken, strict=True)]
         began = time.perf_counter()
-        asked = zip(game.engines, self.states, actions, strict=True)
+        asked = zip(game.engines, self.states, taken, strict=True)
         drawn = await asyncio.gather(*(e.step(Request(state, a, self.seed, sampling)) for e, state, a in asked))
         frames, self.states = [frame for frame, _ in drawn], [state for _, state in drawn]
         self.frame += 1
-        labels = [known[a].name or f"action {a}" for known, a in zip(game.actions, actions, strict=True)]
         self.remember(frames, labels)
         header = {
             "type": "frame",
             "frame": self.frame,
             "actions": actions,
+            "labels": labels,
             "ms": round(1000 * (time.perf_counter() - began), 1),
             "players": len(game.players),
             "recorded": len(self.recording),

@@ -1,5 +1,6 @@
 """Folders of pictures as a source of frames: one episode in each folder, in the order of the pictures' numbers."""
 
+import io
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +25,7 @@ class Images(Kind):
         return [folder] if files_ending(IMAGE_SUFFIXES, folder, names) else []
 
     def header(self, path: Path) -> Header:
-        files = _pictures(path)
+        files = pictures_in(path)
         pixels, remarks = _read(files[0])
         height, width = pixels.shape[:2]
         return Header(len(files), height, width, remarks=remarks)
@@ -35,14 +36,14 @@ class Images(Kind):
 
 def _frames(folder: Path) -> Iterator[np.ndarray]:
     """The pictures in a folder, up to the first that cannot be read."""
-    for number, file in enumerate(_pictures(folder)):
+    for number, file in enumerate(pictures_in(folder)):
         try:
             yield read_image(file)
         except InputError as error:
             raise (DamageError(f"{error}; the rest of its folder is left out") if number else error) from error
 
 
-def _pictures(folder: Path) -> list[Path]:
+def pictures_in(folder: Path) -> list[Path]:
     """The pictures in a folder in natural order."""
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     files = sorted(files_ending(IMAGE_SUFFIXES, folder, names), key=lambda path: natural(path.name))
@@ -68,12 +69,17 @@ def read_image(path: str | Path) -> np.ndarray:
     return _read(path)[0]
 
 
-def _read(path: str | Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """A picture, and what was changed about it."""
+def decode_image(where: str, data: bytes) -> np.ndarray:
+    """Reads a picture from the bytes of a file, as `read_image` does; `where` names it in errors."""
+    return _read(where, data)[0]
+
+
+def _read(path: str | Path, data: bytes | None = None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """A picture, from its file or from the bytes of one, and what was changed about it."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
             if image.mode.startswith(("I", "F")):
                 raise InputError(f"{path}: has more than 8 bits per channel ({image.mode}); convert it to 8 bits")
             upright = ImageOps.exif_transpose(image)

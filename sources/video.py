@@ -148,6 +148,38 @@ def iterate_video(
             raise damage
 
 
+def iterate_pictures(path: str | Path, start: Fraction | int = 0, fps: Fraction | None = None) -> Iterator[np.ndarray]:
+    """Decodes each picture of a video once, whatever its time, for what is told by number, as actions are.
+
+    Args:
+      start: Seconds; the first picture is that which is shown then. It is sought, not decoded up to.
+      fps: Pictures per second, needed for any other start than 0.
+
+    Yields:
+      uint8 (H, W, 3), as `iterate_video` does.
+
+    Raises:
+      InputError: The file is missing or cannot be decoded.
+      DamageError: So far the pictures were good, from here on they are not.
+    """
+    with _opened(path) as (container, stream):
+        first = start - 1 / (2 * fps) if fps else start
+        if start > 0:
+            container.seek(int(max(first, 0) / stream.time_base), stream=stream)  # to a picture that stands by itself
+        for frame in _decoded(path, container, stream):
+            if start <= 0 or frame.pts is None or frame.pts * stream.time_base >= first:
+                yield _to_rgb(frame)
+
+
+def count_pictures(path: str | Path) -> int:
+    """The number of pictures that `iterate_pictures` gives; raises what that does."""
+    count = 0
+    with _opened(path) as (container, stream):
+        for _ in _decoded(path, container, stream):
+            count += 1
+    return count
+
+
 def _to_rgb(frame: Any) -> np.ndarray:
     """A decoded frame as upright RGB, what is transparent over black."""
     if _has_alpha(frame):

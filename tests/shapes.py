@@ -16,6 +16,7 @@ import jaxtyping
 import models
 
 SUFFIX = re.compile(r"_((?:X|[A-Z](?:m1|p1)?|1)(?:[A-Z](?:m1|p1)?|\d)*)$")
+ACTIONS = ("actions_BT", "actions_BTm1", "actions_BS", "action_B")
 AXIS = re.compile(r"[A-Z](?:m1|p1)?|\d")
 
 
@@ -46,6 +47,7 @@ def check(where: str, arrays: list[Named]) -> None:
     """Raises AssertionError where an array has another shape than its name and the other arrays say.
 
     Fields of tuples may be stacked in front; rows R and places S are along time in one cache, along space in another.
+    Actions may have a last axis more than their name says: that of their columns (see `models/actions.py`).
     """
     # Plain axes come first: T must be known before T - 1 can be looked at.
     with jaxtyping.jaxtyped("context"):
@@ -63,6 +65,8 @@ def check(where: str, arrays: list[Named]) -> None:
                     known.add(axis)
                     words.append(f"{axis}_{within}" if within and axis in "RS" else axis)
             shape = " ".join(["..."] * (bool(within) and "..." not in words) + words)
+            if name in ACTIONS and array.ndim == len(axes_of(name) or []) + 1:
+                shape += " columns"
             expected = jaxtyping.Shaped[Any, shape]  # type: ignore[valid-type]
             fits = isinstance(array, expected)
             assert fits, f"{where}: {name} has shape {array.shape}, among {[(x.name, x.array.shape) for x in arrays]}"

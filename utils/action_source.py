@@ -1,7 +1,7 @@
 """Where the actions come from that a dynamics model is trained on: chosen once, then asked."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from utils.records import Metadata
 class Acted(NamedTuple):
     """The actions of a batch, and what training a LAM along adds.
 
-    actions_BTm1: int32; entry t leads from frame t to frame t + 1.
+    actions_BTm1: int32, or rows (see `models.actions`); entry t leads from frame t to frame t + 1.
     loss: The LAM's, or 0.
     codes: Latents and codes that its codebook learns from (see `VectorQuantizer.update`), or None.
     """
@@ -35,16 +35,21 @@ class TrueActions:
     lam = None
     trainable = nnx.All(nnx.Param, nnx.PathContains("dynamics"))
 
-    def num_actions(self, metadata: Metadata) -> int:
-        """Raises InputError where the dataset has none, or more than one integer."""
-        if metadata.action_columns:
-            raise InputError(
-                f"`use_gt_actions`: the dataset's actions have {len(metadata.action_columns)} columns, a world of true "
-                "actions takes one integer; train a LAM instead"
-            )
-        if not metadata.action_names:
+    def actions_of(self, metadata: Metadata) -> dict[str, Any]:
+        """The fields of a `DynamicsConfig` that say what the actions are.
+
+        Raises:
+          InputError: The dataset has none.
+        """
+        if not metadata.has_actions:
             raise InputError("`use_gt_actions`: the dataset has no actions; train a LAM instead")
-        return metadata.num_actions
+        columns = metadata.action_columns
+        return {
+            "num_actions": metadata.num_actions,
+            "action_values": tuple(len(column.values or ()) for column in columns),
+            "action_mean": tuple(column.mean for column in columns),
+            "action_scale": tuple(column.scale for column in columns),
+        }
 
     def flops(self, num_frames: int) -> int:
         """Of a training step for one clip."""
@@ -52,7 +57,8 @@ class TrueActions:
 
     def actions(self, world: World, batch: Batch, frames_BTHWC: jax.Array, train: bool) -> Acted:
         """The actions of clips whose frames are given too, in [0, 1]."""
-        return Acted(batch.actions_BT[:, :-1])
+        actions_BTm1 = batch.actions_BT[:, :-1]
+        return Acted(actions_BTm1.astype(jnp.float32) if world.cfg.dynamics.action_values else actions_BTm1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +68,8 @@ class InferredActions:
     lam: LAMConfig
     trainable = nnx.All(nnx.Param, nnx.PathContains("dynamics"))
 
-    def num_actions(self, metadata: Metadata) -> int:
-        return self.lam.num_codes
+    def actions_of(self, metadata: Metadata) -> dict[str, Any]:
+        return {"num_actions": self.lam.num_codes}
 
     def flops(self, num_frames: int) -> int:
         return flops.lam_infer(self.lam, num_frames)
@@ -94,11 +100,11 @@ class LearnedActions:
     commitment: float
     trainable = nnx.All(nnx.Param, nnx.Any(nnx.PathContains("dynamics"), nnx.PathContains("lam")))
 
-    def num_actions(self, metadata: Metadata) -> int:
+    def actions_of(self, metadata: Metadata) -> dict[str, Any]:
         """Raises InputError where the dataset has no frames to learn from."""
         if metadata.tokens:
             raise InputError("`data_dir`: without frames no LAM can be trained along; give `lam_checkpoint`")
-        return self.lam.num_codes
+        return {"num_actions": self.lam.num_codes}
 
     def flops(self, num_frames: int) -> int:
         return flops.lam_step(self.lam, num_frames)

@@ -17,6 +17,13 @@ class ActionColumn:
     mean: float = 0.0
     scale: float = 1.0
 
+    @property
+    def rest(self) -> float:
+        """What it says where nothing is done: the mean of real numbers, the value called 0, else the first one."""
+        if self.values is None:
+            return self.mean
+        return float(self.values.index("0") if "0" in self.values else 0)
+
 
 def column_from(fields: dict[str, Any]) -> ActionColumn:
     """A column from JSON, which knows no tuples."""
