@@ -96,7 +96,7 @@ def own_data(cfg: Config, root: Path) -> str:
             inspected(data, root / "inspection", "--fix", "val")
         data = held_out
     elif not summary["splits"]["train"]["clips"] or summary["clips"] < 2:
-        raise InputError(f"`data_dir` {cfg.data_dir}: {summary['clips']} clips to train and measure on; give more")
+        raise InputError(f"`data_dir` {cfg.data_dir}: {summary['clips']} clip to train and measure on; give more")
     print(estimate(cfg, summary), flush=True)
     return str(data)
 

@@ -125,7 +125,9 @@ def seen_elsewhere(scan: Scan, split: str, other: str) -> tuple[float, float]:
     here, there = of_frames[split], of_frames[other]
     if not here.any():
         return 0.0, 0.0
-    hashes = perceptual_hashes(scan.thumbnails_FZ)
+    # Brighter to the right and brighter below: a picture of large areas alone has not enough of either.
+    turned = scan.thumbnails_FZ.reshape(-1, CELLS, CELLS).swapaxes(1, 2).reshape(-1, CELLS * CELLS)
+    hashes = perceptual_hashes(scan.thumbnails_FZ) * np.uint64(0x9E3779B97F4A7C15) + perceptual_hashes(turned)
     same = (np.isin(values[here], values[there]).mean() for values in (scan.frame_digests_F, hashes))
     exact, alike = (float(share) for share in same)
     return exact, alike

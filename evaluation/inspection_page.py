@@ -39,7 +39,8 @@ def film(folder: Path, metadata: Metadata, place: Place, name: str) -> Film:
     """A clip to play, with its actions' names."""
     [clip] = read_clips(folder, [place])
     frames = _shown(clip)
-    caption = f"{place.split}: {clip.clip_id}" + ("" if clip.level_seed is None else f", level {clip.level_seed}")
+    caption = clip.clip_id if clip.clip_id.startswith(f"{place.split}/") else f"{place.split}: {clip.clip_id}"
+    caption += "" if clip.level_seed is None else f", level {clip.level_seed}"
     if len(clip) > len(frames):
         caption += f", the first {len(frames)} of {len(clip)} frames"
     return Film(name, _fitting(frames), metadata.fps, _texts(clip, metadata, len(frames)), caption)
@@ -217,10 +218,10 @@ def _damage(summary: Summary) -> Section | None:
 
 
 def _origin(summary: Summary) -> Section | None:
-    made_by = summary["made_by"]
-    rows = [[str(key), str(value)] for key, value in made_by.items() if not isinstance(value, Mapping)]
-    for key in ("arguments", "of", "versions"):
-        rows += [[f"{key}: {name}", str(value)[:200]] for name, value in dict(made_by.get(key) or {}).items()]
+    rows = []
+    for key, value in summary["made_by"].items():
+        parts = value.items() if isinstance(value, Mapping) else [("", value)]
+        rows += [[f"{key} {name}".strip(), str(part)[:200]] for name, part in parts]
     return Section("How it was made", "", [Table(["", ""], rows)]) if rows else None
 
 
