@@ -623,7 +623,7 @@ def test_trainings_begin_with_a_checkpoint_and_resume_without_it(trained, datase
     done = script("train_dynamics", *world, "--init_from", copy)
     assert "values of the dynamics taken, new: action_embedding 5×16, there 4×16" in done.stdout
     shutil.rmtree(copy)
-    for name, command in (("lam", ["train_lam", *lam]), ("new", ["train_dynamics", *world])):
+    for name, command in (("new", ["train_dynamics", *world]), ("lam", ["train_lam", *lam])):
         done = script(*command, "--num_steps", 3)
         assert "at step 2" in done.stdout
         assert "begins with" not in done.stdout
