@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | lint | play; everything is installed into .venv and nothing outside it is touched.
+# make setup | demo | world | test | test-all | lint | play; everything is installed into .venv and nothing outside it is touched.
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,7 +8,7 @@ REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-cuda.txt,re
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo play eval-deps env-deps reader-deps browser test test-all lint requirements clean
+.PHONY: setup demo world play eval-deps env-deps reader-deps browser test test-all lint requirements clean
 
 setup: $(VENV)/installed
 
@@ -20,6 +20,10 @@ $(VENV)/installed: $(REQUIREMENTS) requirements.txt
 
 demo: setup  ## real CoinRun, three trainings, a rollout and its measurement, in runs/demo
 	$(PY) demo.py
+
+world: setup  ## the demo's way with your own data: make world DATA=my_videos, a folder of videos or a dataset
+	@test -n "$(DATA)" || { echo "error: make world DATA=FOLDER wants a folder of videos, arrays or pictures, or a dataset"; exit 1; }
+	$(PY) demo.py --data_dir "$(DATA)"
 
 lint: setup
 	$(VENV)/bin/ruff check .

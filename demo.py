@@ -1,8 +1,9 @@
 """The whole way in one command: real CoinRun, three trainings, a rollout beside the truth, and its measurement.
 
-    make demo
+    make demo                        # everything goes to runs/demo
+    make world DATA=my_videos        # the same with your own videos, or a dataset of your own, in runs/my_videos
 
-Everything goes to runs/demo. An interrupted demo continues where it stopped.
+An interrupted demo continues where it stopped.
 """
 
 import dataclasses
@@ -12,8 +13,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+
+from models.errors import InputError
+from sources.workers import num_cores
 from utils.cli import run
 
 
@@ -21,12 +26,22 @@ from utils.cli import run
 class Config:
     """Runs every script once on two cores of a CPU, in under ten minutes; for a small world, in an hour and a half."""
 
-    output_dir: str = "runs/demo"
-    """Where everything goes."""
+    data_dir: str = ""
+    """Your own data: a dataset, or a folder of videos, arrays or pictures. Empty records CoinRun."""
+    output_dir: str = ""
+    """Where everything goes; default: runs/demo, or runs/<name of your data>."""
     preset: Literal["tiny", "small"] = "tiny"
     """Of the three trainings; small wants --num_episodes 600."""
     num_episodes: int = 100
     """Episodes of CoinRun, without backgrounds and in one theme."""
+    height: int = 64
+    """Of the frames that your videos become, and"""
+    width: int = 64
+    """their width."""
+    fps: float | None = None
+    """Their rate; default: the rate of most of your videos."""
+    init_from: str = ""
+    """World whose parameters the three trainings begin with, such as worlds/coinrun-small with --preset small."""
     seed: int = 0
     """Of everything: levels, parameters, the order of the data, the choice of clips."""
 
@@ -50,17 +65,85 @@ def together(*commands: list[str]) -> None:
     print(f"({time.monotonic() - since:.0f} s)", flush=True)
 
 
-def main(cfg: Config) -> None:
-    root = Path(cfg.output_dir)
-    data, tokenizer, lam, world = (str(root / name) for name in ("data", "tokenizer", "lam", "dynamics"))
-    seed = ["--seed", str(cfg.seed)]
-    preset = ["--preset", cfg.preset, "--data_dir", data, *seed]
-    parts = ["--tokenizer_checkpoint", tokenizer, "--lam_checkpoint", lam]
-    began = time.monotonic()
-    if not (root / "data" / "metadata.json").exists():
+def coinrun(cfg: Config, root: Path) -> str:
+    """Records CoinRun, unless that is done; returns the dataset's folder."""
+    data = root / "data"
+    if not (data / "metadata.json").exists():
         episodes = ["--num_episodes", str(cfg.num_episodes), "--policy", "sticky", "--val_fraction", "0.08"]
         looks = ["--no-use_backgrounds", "--restrict_themes"]
-        together(["generate_dataset.py", "--output_dir", data, *episodes, *looks, *seed])
+        together(["generate_dataset.py", "--output_dir", str(data), *episodes, *looks, "--seed", str(cfg.seed)])
+    return str(data)
+
+
+def own_data(cfg: Config, root: Path) -> str:
+    """Reads videos where these are no dataset yet, and inspects; returns the dataset's folder.
+
+    Raises:
+      InputError: There is too little to train on and to measure on.
+    """
+    data = Path(cfg.data_dir)
+    if not (data / "metadata.json").exists():
+        data = root / "data"
+        size = ["--height", str(cfg.height), "--width", str(cfg.width)]
+        rate = [] if cfg.fps is None else ["--fps", str(cfg.fps)]
+        if not (data / "metadata.json").exists():
+            source = ["--input_dir", cfg.data_dir, "--output_dir", str(data)]
+            together(["preprocess_dataset.py", *source, *size, *rate, "--seed", str(cfg.seed)])
+    summary = inspected(data, root / "inspection")
+    if not summary["splits"]["val"]["clips"] and summary["clips"] > 1:  # a single video: its end is held out
+        held_out = root / "inspection" / "dataset"
+        if not (held_out / "metadata.json").exists():
+            inspected(data, root / "inspection", "--fix", "val")
+        data = held_out
+    elif not summary["splits"]["train"]["clips"] or summary["clips"] < 2:
+        raise InputError(f"`data_dir` {cfg.data_dir}: {summary['clips']} clip to train and measure on; give more")
+    print(estimate(cfg, summary), flush=True)
+    return str(data)
+
+
+def inspected(data: Path, folder: Path, *fix: str) -> dict[str, Any]:
+    """Inspects a dataset, unless that is done; returns what is in it."""
+    if fix or not (folder / "summary.json").exists():
+        together(["inspect_dataset.py", str(data), "--output_dir", str(folder), *fix])
+    return json.loads((folder / "summary.json").read_text())
+
+
+MINUTES = {"tiny": 7.2, "small": 96.0}
+"""Of trainings and measurement on two cores, with frames of 64 × 64 (benchmarks/RESULTS.md)."""
+PRODUCTS_PER_SECOND = 1e11
+"""Floating-point operations that these two cores do in `rate`."""
+
+
+def estimate(cfg: Config, summary: dict[str, Any]) -> str:
+    """How long trainings and measurement will take, by how fast this machine multiplies."""
+    if os.path.exists("/dev/nvidiactl"):
+        return "\nthree trainings and their measurement follow: a few minutes on a GPU"
+    height, width, _ = summary["frame_shape"]
+    patches = -(-height // 8) * -(-width // 8) / 64
+    minutes = MINUTES[cfg.preset] * patches * PRODUCTS_PER_SECOND / rate()
+    return f"\nthree trainings and their measurement follow: about {minutes:.0f} minutes on {num_cores()} cores"
+
+
+def rate() -> float:
+    """Floating-point operations per second of matrix products, in a third of a second."""
+    matrix, count = np.ones((1024, 1024), np.float32), 0
+    began = time.perf_counter()
+    while time.perf_counter() - began < 0.3:
+        matrix @ matrix
+        count += 1
+    return 2 * 1024**3 * count / (time.perf_counter() - began)
+
+
+def main(cfg: Config) -> None:
+    own = Path(cfg.data_dir).resolve().name
+    root = Path(cfg.output_dir or (f"runs/{own}" if cfg.data_dir else "runs/demo"))
+    tokenizer, lam, world = (str(root / name) for name in ("tokenizer", "lam", "dynamics"))
+    began = time.monotonic()
+    data = own_data(cfg, root) if cfg.data_dir else coinrun(cfg, root)
+    seed = ["--seed", str(cfg.seed)]
+    preset = ["--preset", cfg.preset, "--data_dir", data, *seed]
+    preset += ["--init_from", cfg.init_from] if cfg.init_from else []
+    parts = ["--tokenizer_checkpoint", tokenizer, "--lam_checkpoint", lam]
     # Neither of these two needs the other, and side by side they leave no core idle; nor do the last two.
     together(
         ["train_tokenizer.py", *preset, "--ckpt_dir", tokenizer],
@@ -75,7 +158,8 @@ def main(cfg: Config) -> None:
     file = root / "metrics.json"
     metrics = json.loads(file.read_text()) | {"wall_s": round(time.monotonic() - began, 1)}
     file.write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"\ndone in {metrics['wall_s']:.0f} s; look at {root}/samples/rollout.gif and {root}/metrics.json")
+    print(f"\ndone in {metrics['wall_s']:.0f} s; look at {root}/samples/rollout.gif and {root}/report.html")
+    print(f"play it: make play WORLD={world}")
 
 
 if __name__ == "__main__":

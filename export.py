@@ -78,7 +78,10 @@ class Config(SamplingFlags):
                 raise InputError(f"`{name}` {getattr(self, name)}: must be at least 1")
 
 
-PATHS = ("ckpt_dir", "data_dir", "tokenizer_checkpoint", "lam_checkpoint", "compile_cache", "coordinator", "entity")
+PATHS = {
+    *("ckpt_dir", "data_dir", "tokenizer_checkpoint", "lam_checkpoint", "init_from"),
+    *("compile_cache", "coordinator", "entity"),
+}
 """Training flags that mean nothing elsewhere."""
 
 

@@ -22,8 +22,9 @@ from models.lam import LAMConfig
 from models.sampling import SamplingConfig, roll
 from utils.action_source import ActionSource, InferredActions, LearnedActions, StoredActions, TrueActions
 from utils.cli import run
-from utils.data import Batch, ClipSource
+from utils.data import Batch
 from utils.metrics import rollout_quality, usage
+from utils.mixture import open_split
 from utils.records import Metadata
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
@@ -106,8 +107,7 @@ PRESETS = {
     ),
 }
 """coinrun: the paper's, Appendix F; moving: ours, of the same size, with decoders that move the last frame. Neither has
-run on a GPU yet. tiny: what `make demo` runs. small: as worlds/coinrun-small was trained. bench: for benchmarks/.
-"""
+run on a GPU yet. tiny: what `make demo` runs. small: as worlds/coinrun-small was trained. bench: for benchmarks/."""
 
 
 def loss_fn(world: World, inputs: tuple[Batch, Any], source: ActionSource, train: bool = True) -> tuple:
@@ -208,7 +208,7 @@ def clip_flops(world_cfg: WorldConfig, source: ActionSource, from_tokens: bool =
 
 def main(cfg: Config) -> None:
     start(cfg)
-    train, val = (ClipSource(cfg.data_dir, split, cfg.seq_len, tokens_too=True) for split in ("train", "val"))
+    train, val = (open_split(cfg.data_dir, split, cfg.seq_len, tokens_too=True) for split in ("train", "val"))
     source = choose_actions(cfg, train.metadata)
     world_cfg = world_config(cfg, train.metadata, source)
     trained: dict[str, Any] = {"tokenizer": load_tokenizer(cfg.tokenizer_checkpoint)}

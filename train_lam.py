@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from models import flops
 from models.lam import LAM, LAMConfig
 from utils.cli import run
-from utils.data import Batch, ClipSource
+from utils.data import Batch
 from utils.metrics import perplexity, psnr, usage
+from utils.mixture import open_split
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
 
@@ -127,7 +128,7 @@ def clip_flops(cfg: Config, model_cfg: LAMConfig) -> int:
 
 def main(cfg: Config) -> None:
     start(cfg)
-    train, val = (ClipSource(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
+    train, val = (open_split(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
     model_cfg = dataclasses.replace(cfg.model, frame_shape=train.metadata.frame_shape)
     fit(
         cfg,

@@ -12,8 +12,9 @@ from models import flops
 from models.motion import Damage, draw_damage
 from models.tokenizer import Tokenizer, TokenizerConfig
 from utils.cli import run
-from utils.data import Batch, ClipSource
+from utils.data import Batch
 from utils.metrics import psnr, ssim, usage
+from utils.mixture import open_split
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
 
@@ -137,7 +138,7 @@ def clip_flops(cfg: Config, model_cfg: TokenizerConfig) -> int:
 
 def main(cfg: Config) -> None:
     start(cfg)
-    train, val = (ClipSource(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
+    train, val = (open_split(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
     model_cfg = dataclasses.replace(cfg.model, frame_shape=train.metadata.frame_shape)
     fit(
         cfg,

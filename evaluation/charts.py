@@ -5,7 +5,7 @@ matplotlib is imported where it is used: importing this module does not need it.
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +54,14 @@ class Chart(NamedTuple):
     x_label: str
     lines: Sequence[Line]
     log_x: bool = False
+
+
+class Bars(NamedTuple):
+    """Shares in [0, 1], or None, by name; side by side one bar for each series."""
+
+    title: str
+    names: Sequence[str]
+    series: Mapping[str, Sequence[float | None]]
 
 
 class HeatMap(NamedTuple):
@@ -118,6 +126,27 @@ def heat_map_svg(heat: HeatMap) -> str:
 
     rows, columns = heat.values.shape
     return _svg(heat.title, (1.1 + 0.65 * columns, 0.7 + 0.3 * rows), draw)
+
+
+def bars_svg(bars: Bars) -> str:
+    """Shares as bars that run to the right, one group below another."""
+    rows, thick = len(bars.names), 0.8 / max(1, len(bars.series))
+
+    def draw(axes: Any) -> None:
+        from matplotlib.ticker import PercentFormatter
+
+        for i, ((name, values), colour) in enumerate(zip(bars.series.items(), COLOURS, strict=False)):
+            places = np.arange(rows) - 0.4 + (i + 0.5) * thick
+            axes.barh(places, [value or 0 for value in values], thick, color=colour, label=name)
+        axes.set_yticks(np.arange(rows), bars.names)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(axis="x")
+        axes.invert_yaxis()
+        axes.margins(y=0.02)
+        if len(bars.series) > 1:
+            axes.figure.legend(loc="outside lower left", ncols=len(bars.series))
+
+    return _svg(bars.title, (5.0, min(8.0, 1.0 + rows * (0.12 + 0.1 * len(bars.series)))), draw)
 
 
 def _svg(title: str, inches: tuple[float, float], draw: Callable[[Any], None]) -> str:

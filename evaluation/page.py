@@ -5,17 +5,20 @@ The HTML file holds everything that it shows; the Markdown file links to picture
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from evaluation.charts import Chart, HeatMap, chart_svg, heat_map_svg
+import numpy as np
+
+from evaluation.charts import Bars, Chart, HeatMap, bars_svg, chart_svg, heat_map_svg
 from evaluation.measured import Picture
 from evaluation.table import markdown_table
-from utils.video import write_png
+from utils.video import strip, write_png
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 POINTS = 12  # of a chart, where it stands as a table
+STRIP = 12  # frames of a film, where it stands as a picture
 
 
 class Table(NamedTuple):
@@ -25,12 +28,25 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
+class Film(NamedTuple):
+    """A clip to play, uint8 (T, H, W, 3), with a line of text for each frame, drawn on it.
+
+    name: Of its file where it is a strip (without suffix).
+    """
+
+    name: str
+    frames_THWC: np.ndarray
+    fps: float
+    texts_T: Sequence[str]
+    caption: str
+
+
 class Section(NamedTuple):
-    """A heading, a paragraph, and blocks below; in HTML the charts come last, side by side."""
+    """A heading, a paragraph, and blocks below; in HTML the films, then the charts come last, side by side."""
 
     title: str
     text: str
-    blocks: Sequence[Table | Chart | HeatMap | Picture]
+    blocks: Sequence[Table | Chart | Bars | HeatMap | Picture | Film]
 
 
 def write_page(folder: Path, title: str, sections: Sequence[Section]) -> None:
@@ -40,6 +56,8 @@ def write_page(folder: Path, title: str, sections: Sequence[Section]) -> None:
     (folder / "report.md").write_text(markdown(title, sections))
     for section in sections:
         for block in section.blocks:
+            if isinstance(block, Film):
+                block = Picture(block.name, strip([block.frames_THWC[:STRIP]]), block.caption)
             if isinstance(block, Picture):
                 write_png(folder / "pictures" / f"{block.name}.png", block.image_HWC)
 
@@ -52,10 +70,11 @@ def html(title: str, sections: Sequence[Section]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    kinds = {"table": Table, "chart": Chart, "heat_map": HeatMap, "picture": Picture}
+    kinds = {"table": Table, "chart": (Chart, Bars), "heat_map": HeatMap, "picture": Picture, "film": Film}
     environment.tests |= {name: lambda block, kind=kind: isinstance(block, kind) for name, kind in kinds.items()}
-    svg = lambda block: Markup(chart_svg(block) if isinstance(block, Chart) else heat_map_svg(block))
-    environment.filters |= {"svg": svg, "data_uri": _data_uri}
+    drawn: dict[type, Callable[[Any], str]] = {Chart: chart_svg, Bars: bars_svg, HeatMap: heat_map_svg}
+    svg = lambda block: Markup(drawn[type(block)](block))
+    environment.filters |= {"svg": svg, "data_uri": _data_uri, "film_uri": _film_uri}
     return environment.from_string(TEMPLATE.read_text()).render(title=title, sections=sections)
 
 
@@ -67,6 +86,16 @@ def _data_uri(picture: Picture) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def _film_uri(film: Film) -> str:
+    """All frames of a film above each other, in one picture without loss."""
+    from PIL import Image
+
+    T, H, W, _ = film.frames_THWC.shape
+    file = io.BytesIO()
+    Image.fromarray(film.frames_THWC.reshape(T * H, W, 3)).save(file, format="webp", lossless=True, quality=60)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 def markdown(title: str, sections: Sequence[Section]) -> str:
     """The page as Markdown, charts as tables."""
     lines = [f"# {title}", ""]
@@ -75,6 +104,10 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
         for block in section.blocks:
             if isinstance(block, Chart):
                 lines += [block.title, "", *markdown_table(*_points(block)), ""]
+            elif isinstance(block, Bars):
+                shares = [["" if y is None else f"{y:.3f}" for y in values] for values in block.series.values()]
+                rows = [[name, *row] for name, row in zip(block.names, zip(*shares, strict=True), strict=True)]
+                lines += [block.title, "", *markdown_table(["", *block.series], rows), ""]
             elif isinstance(block, Table):
                 lines += [*markdown_table(*block), ""]
             elif isinstance(block, HeatMap):

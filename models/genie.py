@@ -117,15 +117,18 @@ def stored_sampling(path: str | Path) -> SamplingConfig:
 
 
 def stored_model_config(path: str | Path, kind: str) -> Any:
-    """The configuration of the model of a checkpoint.
+    """The configuration of the model of a checkpoint, or of the tokenizer or the LAM in that of a world.
 
     Raises:
       InputError: There is no checkpoint, or it is of another kind.
     """
     config = read_config(path)
+    cfg = model_config(config["kind"], config["model"])
+    if config["kind"] == "world" and kind in ("tokenizer", "lam") and getattr(cfg, kind):
+        return getattr(cfg, kind)
     if config["kind"] != kind:
         raise InputError(f"{path}: holds a {config['kind']}, but a {kind} is needed")
-    return model_config(kind, config["model"])
+    return cfg
 
 
 def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | None = None) -> Any:  # noqa: B008
@@ -133,13 +136,15 @@ def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | 
 
     Args:
       path: The folder that holds `config.json`: a training's, or that of an exported world.
-      kind: "tokenizer", "lam" or "world".
+      kind: "tokenizer", "lam" or "world"; the former two are also taken out of a world.
       step: Which checkpoint; by default the latest that is whole, with a warning if a later one is damaged. The moving
         average of the parameters is taken where there is one.
     Raises:
       InputError: There is no checkpoint, or it is damaged or of another kind.
     """
     cfg = stored_model_config(path, kind)
+    if kind != "world" and read_config(path)["kind"] == "world":
+        return getattr(load(path, "world", compute, step), kind)
     model = nnx.eval_shape(lambda: KINDS[kind][0](cfg, compute, nnx.Rngs(0)))
     graphdef, abstract = nnx.split(model)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -21,10 +21,11 @@ from flax import nnx
 
 import sample
 from models.errors import DivergenceError, InputError
-from models.genie import load_lam, load_tokenizer, load_world
+from models.genie import KINDS, World, load_lam, load_tokenizer, load_world
 from models.lam import LAMConfig
+from models.nn import Compute
 from models.stored import checkpoint_steps
-from models.tokenizer import TokenizerConfig
+from models.tokenizer import Tokenizer, TokenizerConfig
 from sample import choose_actions, known_actions
 from sources.images import read_image
 from tests.conftest import CACHE, FRAME, LAM, ROOT, SMALL, TOKENIZER, make_clip, make_dataset, script
@@ -32,6 +33,7 @@ from utils import progress
 from utils.checkpoint import HARMLESS, SPOKEN_OF, CheckpointConfig, Checkpoints, write_config
 from utils.cli import with_flags
 from utils.data import ClipSource, batches
+from utils.init_from import begin_with
 from utils.logging import Files, Writers
 from utils.metrics import perplexity, pooled_psnr, psnr, ssim, usage
 from utils.progress import Profiler, Reporter, Speed, Waiting
@@ -542,3 +544,87 @@ def test_a_validation_looks_at_the_moving_average_and_at_the_same_batches(datase
     np.testing.assert_array_equal(same, picture)
     with_params, _ = validate(dataclasses.replace(state, ema=None))
     assert with_params["val_kernel"] == pytest.approx(metrics["val_kernel"] - 7, abs=1e-5)
+
+
+def variables(model):
+    return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "lam"])
+def test_a_training_begins_with_the_part_of_a_world(kind, trained):
+    """Codebook and counters too, so that what was learned is not thrown away again."""
+    part = {"tokenizer": load_tokenizer, "lam": load_lam}[kind](trained["world"])
+    of_its_own = {"tokenizer": load_tokenizer, "lam": load_lam}[kind](trained[kind])
+    assert_same(variables(part), variables(of_its_own))
+    new = KINDS[kind][0](part.cfg, Compute(), nnx.Rngs(7))
+    told = begin_with(str(trained["world"]), new, variables(new).keys())
+    assert_same(variables(new), variables(part))
+    assert told.endswith("none is new")
+    assert int(new.vq.updates[...]) == 6
+
+
+def test_a_world_begins_with_another_and_new_embeddings_where_actions_differ(trained):
+    other = load_world(trained["world"])
+    cfg = dataclasses.replace(other.cfg, dynamics=dataclasses.replace(other.cfg.dynamics, num_actions=2), lam=None)
+    world = World(cfg, Compute(), nnx.Rngs(7))
+    nnx.update(world.tokenizer, nnx.state(other.tokenizer))
+    before = variables(world)
+    told = begin_with(str(trained["world"]), world, ["dynamics"])
+    after, theirs = variables(world), variables(other)
+    assert told.endswith("new: action_embedding 3×16, there 4×16")
+    new = {name for name in after if name == "dynamics/action_embedding"}
+    assert_same({n: after[n] for n in new}, {n: before[n] for n in new})
+    taken = {n for n in after if n.startswith("dynamics/")} - new
+    assert_same({n: after[n] for n in taken}, {n: theirs[n] for n in taken})
+
+
+def test_what_is_frozen_is_not_taken_and_foreign_codes_keep_their_embeddings(trained):
+    other = load_world(trained["world"])
+    world = World(other.cfg, Compute(), nnx.Rngs(7))
+    nnx.update(world.tokenizer, nnx.state(other.tokenizer))
+    turned = world.tokenizer.vq.sums_KL[...]
+    world.tokenizer.vq.sums_KL[...] = turned.at[:5].multiply(-1.0)  # five codes that say something else
+    before = variables(world)
+    told = begin_with(str(trained["world"]), world, ["dynamics"])
+    after, theirs = variables(world), variables(other)
+    frozen = {n for n in after if not n.startswith("dynamics/")}
+    assert_same({n: after[n] for n in frozen}, {n: before[n] for n in frozen})
+    assert told.endswith("the embeddings of 5 of 32 codes, which differ, are new")
+    table = "dynamics/token_embedding"
+    np.testing.assert_array_equal(after[table][:5], before[table][:5])
+    np.testing.assert_array_equal(after[table][5:], theirs[table][5:])
+
+
+def test_a_model_that_does_not_fit_is_refused(trained):
+    other = load_tokenizer(trained["tokenizer"])
+    for changes, message in (
+        ({"frame_shape": (8, 8, 3)}, r"made for frames of \(16, 16, 3\), but the dataset has \(8, 8, 3\)"),
+        ({"width": 32, "unquantized_steps": 9}, r"its tokenizer is built otherwise \(width: there 16, here 32\)"),
+    ):
+        model = Tokenizer(dataclasses.replace(other.cfg, **changes), Compute(), nnx.Rngs(0))
+        with pytest.raises(InputError, match=message):
+            begin_with(str(trained["tokenizer"]), model, [])
+    with pytest.raises(InputError, match="holds a lam, but a tokenizer is needed"):
+        begin_with(str(trained["lam"]), Tokenizer(other.cfg, Compute(), nnx.Rngs(0)), [])
+
+
+def test_trainings_begin_with_a_checkpoint_and_resume_without_it(trained, dataset, tmp_path):
+    """A LAM with one action more, from the world; then a world on this LAM, from the world."""
+    copy = tmp_path / "world"
+    shutil.copytree(trained["world"], copy)
+    lam = [*LAM, *flags(dataset, tmp_path / "lam"), "--num_steps", 2, "--model.num_codes", 4]
+    done = script("train_lam", *lam, "--init_from", copy)
+    assert f"begins with {copy}: " in done.stdout
+    assert "sums_KL 4×4, there 3×4" in done.stdout
+    begun = {name: value for name, value in stored(tmp_path / "lam", 2).items() if "updates" in name}
+    assert [int(value) for value in begun.values()] == [8]
+    parts = ["--tokenizer_checkpoint", trained["tokenizer"], "--lam_checkpoint", tmp_path / "lam", "--num_steps", 2]
+    world = [*SMALL, *flags(dataset, tmp_path / "new"), *parts]
+    done = script("train_dynamics", *world, "--init_from", copy)
+    assert "values of the dynamics taken, new: action_embedding 5×16, there 4×16" in done.stdout
+    shutil.rmtree(copy)
+    for name, command in (("new", ["train_dynamics", *world]), ("lam", ["train_lam", *lam])):
+        done = script(*command, "--num_steps", 3)
+        assert "at step 2" in done.stdout
+        assert "begins with" not in done.stdout
+        assert json.loads((tmp_path / name / "config.json").read_text())["train"]["init_from"] == str(copy)

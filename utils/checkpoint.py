@@ -31,11 +31,12 @@ from models.genie import CONFIG_VERSION, PARAMETERS, read_config
 from models.stored import all_steps, checkpoint_steps, fault, first_line, newest_whole, read_items
 from utils.data import frames_folder
 from utils.lock import FolderLock
+from utils.mixture import shares
 from utils.sharding import state_sharding
 from utils.state import TrainState
 
 HARMLESS = {
-    *("ckpt_dir", "data_dir", "tokenizer_checkpoint", "lam_checkpoint"),
+    *("ckpt_dir", "data_dir", "tokenizer_checkpoint", "lam_checkpoint", "init_from"),
     *("log", "entity", "project", "run_name", "tensorboard", "profile", "debug_nans", "log_gradients", "deterministic"),
     *("log_interval", "val_interval", "val_batches", "checkpoint_interval", "keep_latest", "keep_every", "keep_best"),
     *("steps", "temperature", "order", "top_k", "top_p"),  # of sampling
@@ -82,6 +83,7 @@ def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[st
         "model": dataclasses.asdict(model),
         "train": {k: v for k, v in dataclasses.asdict(train).items() if k not in ("model", "lam", "preset")},
         "parts": parts or {},
+        "weights": [round(share.weight, 6) for share in shares(train.data_dir)],
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
     }
     fields = json.loads(json.dumps(fields))
@@ -90,7 +92,7 @@ def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[st
         stored = read_config(folder)
         if stored["kind"] != kind:
             raise InputError(f"`ckpt_dir` {folder}: holds a {stored['kind']}, not a {kind}; choose another folder")
-        compared = [name for name in ("model", "train", "parts") if name in stored]
+        compared = [name for name in ("model", "train", "parts", "weights") if name in stored]
         old, new = (_flat({name: config[name] for name in compared}) for config in (stored, fields))
         differing = [
             f"{name}: stored {old.get(name)}, given {new.get(name)}"
@@ -102,6 +104,8 @@ def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[st
                 f"`ckpt_dir` {folder}: holds a training with another configuration ({'; '.join(differing)}); give the "
                 "stored values to resume it, or another `ckpt_dir`"
             )
+        if all_steps(folder) and "init_from" in fields["train"]:
+            fields["train"]["init_from"] = stored.get("train", {}).get("init_from", "")  # where it really began
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "config.json.tmp"
@@ -118,7 +122,8 @@ def take_folder(folder: Path) -> contextlib.AbstractContextManager:
     """
     if is_exported(folder):
         raise InputError(
-            f"`ckpt_dir` {folder}: holds an exported world, which cannot be trained on; choose another folder"
+            f"`ckpt_dir` {folder}: holds an exported world, which cannot be trained on; choose another folder, and "
+            "begin there with this world by `init_from`"
         )
     return FolderLock(folder) if jax.process_index() == 0 else contextlib.nullcontext()
 
@@ -143,12 +148,14 @@ def is_exported(checkpoint: str | Path) -> bool:
 def data_of(checkpoint: str | Path) -> str:
     """The dataset of frames that belongs to a checkpoint: that of its training, or the clips that it was exported with.
 
+    Of a mixture that is the first dataset, whose actions have the numbers that the world knows.
+
     Raises:
       InputError: There is no checkpoint, or no dataset.
     """
     if is_exported(checkpoint):
         return str(Path(checkpoint) / "data")
-    return frames_folder(read_config(checkpoint)["train"]["data_dir"])
+    return frames_folder(shares(read_config(checkpoint)["train"]["data_dir"])[0].folder)
 
 
 def output_of(checkpoint: str | Path, name: str = "") -> Path:

@@ -85,7 +85,7 @@ def with_paths(config: Config) -> Config:
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
-PATH_FIELDS = ("_dir", "checkpoint", "_cache", "run", "out", "metrics", "compare")
+PATH_FIELDS = ("_dir", "checkpoint", "init_from", "_cache", "run", "out", "metrics", "compare")
 """Ends of the names of those fields that hold paths."""
 
 

@@ -7,13 +7,13 @@ import signal
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from models.errors import InputError
-from utils.records import Clip, Shard, decode_clip, read_metadata
+from utils.records import Clip, Metadata, Shard, decode_clip, read_metadata
 
 BATCHES_PER_WORKER = 2  # that wait to be taken
 MAX_OPEN_SHARDS = 256  # files of a split that stay open; a system's limit is often 1024 for a process
@@ -33,6 +33,19 @@ class Batch(NamedTuple):
     actions_BT: Any = None
     tokens_BTN: Any = None
     latent_actions_BT: Any = None
+
+
+class Source(Protocol):
+    """What batches are read from: a split of a dataset (`ClipSource`), or of several (`utils.mixture`)."""
+
+    seq_len: int
+    metadata: Metadata
+
+    def order(self, seed: int) -> Any:
+        """The numbers of clips in the order of training, without end: a `grain.MapDataset`, seeded."""
+
+    def windows(self, indices: Sequence[int], positions: Sequence[float]) -> Batch:
+        """Clips by their numbers, each cut to `seq_len` frames at a place in [0, 1)."""
 
 
 def frames_folder(folder: str) -> str:
@@ -96,6 +109,12 @@ class ClipSource:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def order(self, seed: int) -> Any:
+        """Every clip once in each epoch, in an order of its own."""
+        import grain  # not at the top: the workers of generate_dataset.py start faster without it
+
+        return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
 
     def clips(self, indices: Sequence[int]) -> list[Clip]:
         """Reads whole clips in one batched read."""
@@ -169,7 +188,7 @@ def _check_file(file: Path, shard: Shard) -> None:
 
 
 def batches(
-    source: ClipSource,
+    source: Source,
     batch_size: int,
     seed: int,
     *,
@@ -189,12 +208,11 @@ def batches(
       num_workers: Worker processes that read ahead; 0 reads in threads of this process.
     """
     import absl.flags
-    import grain  # not at the top: the workers of generate_dataset.py start faster without it
+    import grain
 
     if batch_size % process_count:
         raise InputError(f"`batch_size` {batch_size}: must be a multiple of the {process_count} processes")
-    places = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    places = places.random_map(lambda index, rng: (index, rng.random()))
+    places = source.order(seed).random_map(lambda index, rng: (index, rng.random()))
     # An end, for without one grain's batches of one clip would be more than Python can count.
     mine = places[start * batch_size + process_index : 2**62 : process_count].batch(batch_size // process_count)
     dataset = mine.map(lambda place: source.windows(*place)).to_iter_dataset(
@@ -217,7 +235,7 @@ def _own(stream: Any) -> Generator[Batch, None, None]:
         stream.close()
 
 
-def check_shared_memory(source: ClipSource, batch_size: int, num_workers: int) -> None:
+def check_shared_memory(source: Source, batch_size: int, num_workers: int) -> None:
     """Compares what worker processes need to hand over batches with the shared memory that there is.
 
     Raises:

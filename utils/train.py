@@ -18,7 +18,8 @@ from models.nn import Compute
 from models.stored import checkpoint_steps
 from utils.checkpoint import CheckpointConfig, Checkpoints, take_folder, write_config
 from utils.cli import DEFAULT_CACHE, set_up_jax
-from utils.data import Batch, ClipSource, batches, to_device
+from utils.data import Batch, Source, batches, to_device
+from utils.init_from import begin_with
 from utils.logging import Console, Files, TensorBoard, Wandb, Writer, Writers, check_wandb
 from utils.optim import OptimConfig, make_optimizer, phases, raised_rate
 from utils.progress import Profiler, Reporter, Speed, Waiting
@@ -36,9 +37,13 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
     """Flags that every training script shares."""
 
     data_dir: str = "data/coinrun"
-    """Dataset folder, made by generate_dataset.py or preprocess_dataset.py."""
+    """Dataset folder, made by generate_dataset.py or preprocess_dataset.py; or several with their weights, as
+    data/mine:0.7,data/coinrun:0.3."""
     num_steps: int = 300_000
     """Steps to train in all; a finished training goes on if this grows."""
+    init_from: str = ""
+    """Checkpoint whose parameters a new training begins with: of the same model, or a world that holds it. A resumed
+    one does not look at it."""
     batch_size: int = 48
     """Clips in a global batch."""
     seq_len: int = 16
@@ -115,8 +120,8 @@ def fit(
     train_step: TrainStep,
     evaluate: Evaluate,
     *,
-    train: ClipSource,
-    val: ClipSource,
+    train: Source,
+    val: Source,
     trainable: Any = nnx.Param,
     initialise: Callable[[Any], None] = lambda model: None,
     parts: dict[str, str] | None = None,
@@ -209,6 +214,10 @@ def restore_or_make(
     state = jax.jit(create, out_shardings=shardings)()
     model = state.model()
     initialise(model)
+    if cfg.init_from:
+        told = begin_with(cfg.init_from, model, state.params.keys())
+        if jax.process_index() == 0:
+            print(told, flush=True)
     params, rest = state.split(nnx.state(model))
     # Nothing has been trained yet: a moving average starts from what is there.
     ema = None if state.ema is None else jax.tree.map(jnp.copy, state.averaged(params, rest))
@@ -216,7 +225,7 @@ def restore_or_make(
 
 
 def read(
-    cfg: TrainConfig, mesh: Mesh, source: ClipSource, seed: int, first: int, num_workers: int
+    cfg: TrainConfig, mesh: Mesh, source: Source, seed: int, first: int, num_workers: int
 ) -> Generator[Batch, None, None]:
     """Batches from number `first` on, on the devices of the mesh."""
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -253,7 +262,7 @@ def compile_step(
 class Validation:
     """Evaluates a state on the same batches each time."""
 
-    def __init__(self, cfg: TrainConfig, mesh: Mesh, evaluate: Evaluate, source: ClipSource):
+    def __init__(self, cfg: TrainConfig, mesh: Mesh, evaluate: Evaluate, source: Source):
         self.cfg, self.mesh, self.source = cfg, mesh, source
         root = jax.random.key(cfg.seed)
         self.evaluate = jax.jit(

@@ -1,0 +1,71 @@
+"""The demo's way with one's own data, up to where the trainings begin; these are tested elsewhere."""
+
+import json
+
+import numpy as np
+import pytest
+
+import demo
+from models.errors import InputError
+from tests.conftest import make_clip
+from utils.records import read_metadata
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """What would be run, but for what reads and inspects, which is run."""
+    told = []
+    together = demo.together
+
+    def run_or_tell(*of):
+        told.extend(of)
+        if of[0][0] in ("preprocess_dataset.py", "inspect_dataset.py"):
+            together(*of)
+        if any(command[0] == "evaluate.py" for command in of):
+            [output] = [command[command.index("--output_dir") + 1] for command in of if command[0] == "evaluate.py"]
+            with open(f"{output}/metrics.json", "w") as file:
+                json.dump({}, file)
+
+    monkeypatch.setattr(demo, "together", run_or_tell)
+    return told
+
+
+def test_of_a_single_video_a_world_is_made(commands, tmp_path, capfd):
+    videos = tmp_path / "my_videos"
+    videos.mkdir()
+    clip = make_clip(0, 700, (20, 24, 3))
+    np.savez(videos / "game.npz", frames=clip.frames_THWC, actions=clip.actions_T)
+    config = demo.Config(data_dir=str(videos), output_dir=str(tmp_path / "run"), height=16, width=16)
+    demo.main(config)
+    trained = [command for command in commands if command[0].startswith("train_")]
+    assert [command[0] for command in trained] == ["train_tokenizer.py", "train_lam.py", "train_dynamics.py"]
+    [data] = {command[command.index("--data_dir") + 1] for command in trained}
+    metadata = read_metadata(data)
+    assert metadata.frame_shape == (16, 16, 3)
+    clips = {split: sum(shard.count() for shard in shards) for split, shards in metadata.splits.items()}
+    assert (clips["val"], clips["test"]) == (1, 0)
+    assert clips["train"] >= 2
+    said = capfd.readouterr()
+    assert "Little data" in said.err
+    assert "three trainings and their measurement follow" in said.out
+    assert f"play it: make play WORLD={tmp_path}/run/dynamics" in said.out
+
+    done = len(commands)
+    demo.main(config)  # goes on where it stopped: nothing is read again
+    assert {command[0] for command in commands[done:]}.isdisjoint({"preprocess_dataset.py", "inspect_dataset.py"})
+
+
+def test_a_dataset_is_taken_as_it_is_and_a_world_to_begin_with_is_passed_on(commands, dataset, tmp_path):
+    demo.main(demo.Config(data_dir=str(dataset), output_dir=str(tmp_path), init_from="worlds/coinrun-small"))
+    trained = [command for command in commands if command[0].startswith("train_")]
+    assert all(command[command.index("--data_dir") + 1] == str(dataset) for command in trained)
+    assert all(command[command.index("--init_from") + 1] == "worlds/coinrun-small" for command in trained)
+    assert (tmp_path / "inspection" / "report.html").exists()
+
+
+def test_a_single_clip_is_too_little(commands, tmp_path):
+    videos = tmp_path / "short"
+    videos.mkdir()
+    np.savez(videos / "game.npz", frames=make_clip(0, 40).frames_THWC)
+    with pytest.raises(InputError, match=r"1 clips? to train and measure on"):
+        demo.main(demo.Config(data_dir=str(videos), output_dir=str(tmp_path / "run"), height=16, width=16))
