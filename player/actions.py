@@ -61,9 +61,10 @@ def spoken(action: int | np.ndarray, columns: Sequence[ActionColumn] = ()) -> st
         return f"action {action}"
     said = []
     for column, value in zip(columns, np.asarray(action), strict=True):
-        if column.values is None and round(float(value), 2):
-            said.append(f"{column.name} {value:.2f}")
-        elif column.values is not None and value != column.rest:
+        if column.values is None:
+            if abs(value - column.rest) > column.scale / 20:
+                said.append(f"{column.name} {value:.2f}")
+        elif value != column.rest:
             named = column.values[int(value)]
             said.append(column.name if len(column.values) == 2 else f"{column.name} {named}")
     return ", ".join(said) or "nothing"

@@ -19,7 +19,7 @@ from play import Config, load_game
 from player.chosen import swept_actions
 from player.controls import Controls
 from tests.conftest import CACHE, FRAME, SMALL, make_clip, script
-from tests.test_play import serving
+from tests.test_play import CHROMIUM, browsing, server_process, serving
 from utils.actions import ActionColumn
 from utils.data import ClipSource
 from utils.records import Metadata, write_metadata, write_shard
@@ -207,11 +207,41 @@ def test_the_page_plays_rows(rows_world):
     hello, prompt, frames, labels = asyncio.run(play())
     assert hello["combines"]
     assert hello["mouse"] == ["turn"]
-    assert labels == ["turn 1.00", "jump, turn 1.00, item axe", "turn 7.00"]
+    assert labels == ["nothing", "jump, item axe", "turn 7.00"]
     rows = jnp.asarray([[[0, 1, 0], [1, 1, 2], [0, 7, 0]]], jnp.float32)
     start = jnp.asarray(prompt[None, None], jnp.float32) / 255
     expected = rollout(world, start, rows, jax.random.key(5), SamplingConfig(steps=2))
     np.testing.assert_array_equal(np.stack(frames), (np.asarray(expected[0]) * 255 + 0.5).astype(np.uint8))
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium, chromium-browser or google-chrome on the PATH")
+def test_keys_combine_and_the_mouse_turns_in_a_browser(rows_world, tmp_path):
+    async def play(url: str):
+        last = "$('strip').lastChild.title.replace(/^Frame \\d+: /, '')"
+        async with browsing(tmp_path, url) as browser:
+            await browser.until("typeof mode === 'string' && mode === 'ready'")
+            await browser.key("1", up=False)
+            await browser.key("5", up=False)
+            await browser.until(f"{last} === 'jump, item axe'")
+            assert await browser.value("document.querySelectorAll('#actions .down').length") == 2
+            await browser.key("5", down=False)
+            await browser.until(f"{last} === 'jump'")
+            await browser.key("1", down=False)
+            await browser.until(f"{last} === 'nothing'")
+            assert await browser.value("$('mouse-text').textContent") == "over the picture: turn"
+            place = (
+                "(r => [r.x, r.y, r.width, r.height])(document.querySelector('.screen canvas').getBoundingClientRect())"
+            )
+            x, y, width, height = await browser.value(place)
+            for part in range(2, 18):
+                at = {"x": x + width * part / 20, "y": y + height / 2}
+                await browser.call("Input.dispatchMouseEvent", type="mouseMoved", **at)
+            turned = "[...$('strip').children].some(li => li.title.includes('turn') && !li.title.includes('-'))"
+            await browser.until(turned)
+            await browser.until(f"{last} === 'nothing'")
+
+    with server_process("--checkpoint", rows_world) as url:
+        asyncio.run(play(url))
 
 
 def test_other_columns_are_not_taken_for_the_worlds(rows_world, dataset):

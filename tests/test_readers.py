@@ -18,7 +18,10 @@ from PIL import Image
 
 from models.errors import InputError
 from preprocess_dataset import Config, main
+from sources import convert as conversion
 from sources.jasmine import read_pickle
+from sources.kind import Told
+from sources.registry import KINDS
 from tests.test_preprocess import by_id, read_all
 from tests.test_sources import encode, number, picture
 from utils.data import ClipSource, batches
@@ -739,3 +742,24 @@ def test_a_dataset_is_not_converted_again(source, config):
     main(config())
     with pytest.raises(InputError, match="out: is a dataset already, ready to train on"):
         main(config(input_dir=config().output_dir, output_dir=config().output_dir + "2"))
+
+
+def test_what_a_reader_was_told_reaches_the_workers():
+    for kind in KINDS.values():
+        told = kind.told(Told(64, 48, "top"))
+        sent = pickle.loads(pickle.dumps(told))
+        assert (type(sent), vars(sent)) == (type(told), vars(told))
+    assert (sent := pickle.loads(pickle.dumps(KINDS["jasmine"].told(Told(64, 48))))).height == 64
+    assert sent.width == 48
+
+
+def test_a_shared_conversion_has_the_same_bytes(source, config, tmp_path, monkeypatch):
+    for i in range(3):
+        write_records(source / f"data_{i:04d}.array_record", [jasmine_record(20, i)])
+    monkeypatch.setattr(conversion, "TASK_BYTES", 1)
+    made = [config(**SIZE, output_dir=str(tmp_path / str(n)), num_workers=n) for n in (0, 2)]
+    for each in made:
+        main(each)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / n / "train").iterdir()} for n in "02"]
+    assert files[0] == files[1]
+    assert len(files[0]) == 3
