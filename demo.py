@@ -20,6 +20,7 @@ import numpy as np
 from models.errors import InputError
 from sources.workers import num_cores
 from utils.cli import run
+from utils.records import read_metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,23 +90,16 @@ def own_data(cfg: Config, root: Path) -> str:
         if not (data / "metadata.json").exists():
             source = ["--input_dir", cfg.data_dir, "--output_dir", str(data)]
             together(["preprocess_dataset.py", *source, *size, *rate, "--seed", str(cfg.seed)])
-    summary = inspected(data, root / "inspection")
-    if not summary["splits"]["val"]["clips"] and summary["clips"] > 1:  # a single video: its end is held out
-        held_out = root / "inspection" / "dataset"
-        if not (held_out / "metadata.json").exists():
-            inspected(data, root / "inspection", "--fix", "val")
-        data = held_out
-    elif not summary["splits"]["train"]["clips"] or summary["clips"] < 2:
-        raise InputError(f"`data_dir` {cfg.data_dir}: {summary['clips']} clip to train and measure on; give more")
-    print(estimate(cfg, summary), flush=True)
-    return str(data)
-
-
-def inspected(data: Path, folder: Path, *fix: str) -> dict[str, Any]:
-    """Inspects a dataset, unless that is done; returns what is in it."""
-    if fix or not (folder / "summary.json").exists():
-        together(["inspect_dataset.py", str(data), "--output_dir", str(folder), *fix])
-    return json.loads((folder / "summary.json").read_text())
+    inspection = root / "inspection"
+    count = lambda split: sum(shard.count() for shard in read_metadata(data).splits.get(split, ()))
+    clips, held_out = count("train"), count("val")
+    if not clips or clips + held_out < 2:
+        raise InputError(f"`data_dir` {cfg.data_dir}: {clips} clip(s) to train on, {held_out} to measure on; give more")
+    fix = [] if held_out else ["--fix", "val"]  # of a single video the end is held out
+    if not (inspection / "dataset" / "metadata.json" if fix else inspection / "summary.json").exists():
+        together(["inspect_dataset.py", str(data), "--output_dir", str(inspection), *fix])
+    print(estimate(cfg, json.loads((inspection / "summary.json").read_text())), flush=True)
+    return str(inspection / "dataset" if fix else data)
 
 
 MINUTES = {"tiny": 7.2, "small": 96.0}
@@ -121,7 +115,7 @@ def estimate(cfg: Config, summary: dict[str, Any]) -> str:
     height, width, _ = summary["frame_shape"]
     patches = -(-height // 8) * -(-width // 8) / 64
     minutes = MINUTES[cfg.preset] * patches * PRODUCTS_PER_SECOND / rate()
-    return f"\nthree trainings and their measurement follow: about {minutes:.0f} minutes on {num_cores()} cores"
+    return f"\nthree trainings and their measurement follow: about {max(1, minutes):.0f} min on {num_cores()} cores"
 
 
 def rate() -> float:

@@ -54,9 +54,10 @@ def begin_with(path: str, model: Any, trained: Collection[str]) -> str:
 def _keep_own_codes(model: World, other: World, before_KM: np.ndarray) -> str:
     """Gives those codes their own embeddings back that are not the other tokenizer's; says so if there are any."""
     codes_KL, others_KL = (np.asarray(world.tokenizer.vq.codebook_KL) for world in (model, other))
-    if codes_KL.shape != others_KL.shape:
-        return ""
-    is_own_K = np.sum(codes_KL * others_KL, axis=-1) < SAME_CODE
+    if len(codes_KL) != len(others_KL):
+        return ""  # the whole table is new already
+    same_width = codes_KL.shape == others_KL.shape
+    is_own_K = np.sum(codes_KL * others_KL, axis=-1) < SAME_CODE if same_width else np.ones(len(codes_KL), bool)
     dynamics: Any = model.dynamics
     table_KM = np.array(dynamics.token_embedding[...])
     table_KM[:-1][is_own_K] = before_KM[:-1][is_own_K]
