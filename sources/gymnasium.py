@@ -52,7 +52,6 @@ class Gymnasium(Environment):
             space = space_of(id, env)
             self.action_names, self.action_columns = space.names or (), space.columns
             self.fps = self._rate(env, options)
-            env.reset(seed=0)
             self._frame(env, env.reset(seed=0)[0])
             self._versions = _versions(env)
         finally:

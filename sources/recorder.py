@@ -1,5 +1,6 @@
 """Writes a dataset of clips from a loop of one's own: `from sources import Recorder`."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,7 +113,8 @@ class Recorder:
           reward: What the action earned.
           done: Whether the action ended the episode; the next frame is the first of another one.
           truncated: As `done`, where the end was that time was up.
-          success: With the end: whether the episode reached its goal, if that can be said.
+          success: With the end: whether the episode reached its goal, if that can be said; of an episode that fills
+            more than one file its last clips know.
 
         Raises:
           InputError: The frame or the action is unlike those before, or unlike what was promised.
@@ -139,8 +141,9 @@ class Recorder:
         if self._new and len(self._steps) >= self._min_clip_length:
             self._cut()
         self._waiting[self._split] += [dataclasses.replace(clip, success=success) for clip in self._clips]
+        if _size(self._waiting[self._split]) >= SHARD_BYTES:
+            self._write(self._split)
         self._num_episodes += 1
-        self._write_full(self._split)
         self._begin()
 
     def close(self) -> None:
@@ -179,8 +182,10 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # What was recorded before something failed is kept; what failed is told, even if there is nothing to keep.
+        with contextlib.suppress(InputError) if kind else contextlib.nullcontext():
+            self.close()
 
     def _begin(self) -> None:
         """Starts an episode."""
@@ -210,11 +215,10 @@ class Recorder:
             )
         )
         self._new = 0
-
-    def _write_full(self, split: str) -> None:
-        """Writes a file once there is enough for one."""
-        if sum(clip.frames_THWC.nbytes for clip in self._waiting[split] if clip.frames_THWC is not None) >= SHARD_BYTES:
-            self._write(split)
+        if _size(self._clips) >= SHARD_BYTES:  # a long episode: what became of it is told with its last clips alone
+            self._waiting[self._split] += self._clips
+            self._clips = []
+            self._write(self._split)
 
     def _write(self, split: str) -> None:
         """Writes the clips that wait."""
@@ -254,3 +258,8 @@ class Recorder:
             raise InputError(f"action {row}: expected real numbers always, or integers from 0 always")
         self._dtype = dtype
         return row.astype(dtype)
+
+
+def _size(clips: Sequence[Clip]) -> int:
+    """Bytes of raw frames."""
+    return sum(clip.frames_THWC.nbytes for clip in clips if clip.frames_THWC is not None)

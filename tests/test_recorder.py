@@ -78,6 +78,24 @@ def test_without_actions_and_with_ends_of_all_kinds(tmp_path):
     assert read_metadata(tmp_path / "mine").levels["solved"] == 1
 
 
+def test_an_endless_episode_is_written_as_it_goes_and_kept_when_something_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "SHARD_BYTES", 5_000)
+
+    def crash() -> None:
+        with Recorder(tmp_path / "mine", clip_length=8, min_clip_length=8) as mine:
+            for t in range(100):
+                mine.step(np.full((6, 8, 3), t, np.uint8))
+                assert len(list((tmp_path / "mine").rglob("*.array_record"))) == (t + 1) // 40  # 5 clips fill a file
+            raise KeyError("the game")
+
+    with pytest.raises(KeyError, match="the game"):
+        crash()
+    clips = clips_of(tmp_path / "mine", "train")
+    assert [int(clip.frames_THWC[0, 0, 0, 0]) for clip in clips] == [*range(0, 96, 8), 92]
+    with pytest.raises(KeyError, match="at once"), Recorder(tmp_path / "nothing"):
+        raise KeyError("at once")
+
+
 @pytest.mark.parametrize("real", [True, False])
 def test_rows_of_actions(tmp_path, real):
     rng = np.random.default_rng(0)
