@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from models import flops
 from models.dynamics import DynamicsConfig, Predicted, TokenDynamics, TokenState
-from models.kernels import KV
+from models.kernels import KV, whole
 from models.nn import Past
 from models.sampling import SamplingConfig, draw_codes
 
@@ -85,8 +85,8 @@ class Causal(TokenDynamics):
     def _places(self, before_X: jax.Array, action_X: jax.Array, previous_X: jax.Array, first_X: jax.Array) -> jax.Array:
         """Embeds places (..., M) by what each takes in; the arguments broadcast against each other."""
         table_KM, actions_XM, first_X1 = (
-            self.token_embedding[...],
-            self.action_embedding[...][action_X],
+            whole(self.token_embedding[...]),
+            whole(self.action_embedding[...])[action_X],
             first_X[..., None],
         )
         if self.cfg.action_token == "add":

@@ -13,7 +13,19 @@ from models.errors import InputError
 from models.fsq import check_levels, quantizer
 from models.kernels import KV
 from models.motion import MotionHead, frames_before
-from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, num_patches, patchify, unpatchify
+from models.nn import (
+    Compute,
+    Past,
+    Places,
+    STConfig,
+    STTransformer,
+    in_float32,
+    linear,
+    num_patches,
+    patchify,
+    unpatchify,
+)
+from models.vq import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +126,7 @@ class Tokenizer(nnx.Module):
 
     def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> Reconstruction:
         """Encodes, quantises and decodes frames in [0, 1]; in training, a moving decoder from its own last pictures."""
-        quantized = self.vq(self._latents(frames_BTHWC), train)
+        quantized = self.vq(self._latents(frames_BTHWC), train) if train else self._encode(frames_BTHWC)
         if self.cfg.motion_reach and not train:
             out = self._unroll(quantized.vectors_XL)
         else:
@@ -130,8 +142,14 @@ class Tokenizer(nnx.Module):
         )
 
     def encode(self, frames_BTHWC: jax.Array) -> jax.Array:
-        """Frames in [0, 1] to tokens (B, T, N)."""
-        return self.vq(self._latents(frames_BTHWC)).codes_X
+        """Frames in [0, 1] to tokens (B, T, N), in float32 whatever the dtype."""
+        return self._encode(frames_BTHWC).codes_X
+
+    def _encode(self, frames_BTHWC: jax.Array) -> Quantized:
+        # In float32 whatever the dtype: bfloat16 flips tokens that are nearly tied, some 3 %, and whoever encodes a
+        # frame, a training, a sampler or the maker of a token dataset, must find the same ones.
+        exact = in_float32(self)
+        return exact.vq(exact._latents(frames_BTHWC))
 
     def decode(self, tokens_BTN: jax.Array) -> Decoded:
         """Tokens of a clip to frames, from these alone: a moving decoder begins with grey, then moves its own."""
