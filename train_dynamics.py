@@ -207,7 +207,7 @@ def clip_flops(world_cfg: WorldConfig, source: ActionSource, from_tokens: bool =
 
 
 def main(cfg: Config) -> None:
-    start(cfg)
+    cfg = start(cfg)
     train, val = (open_split(cfg.data_dir, split, cfg.seq_len, tokens_too=True) for split in ("train", "val"))
     source = choose_actions(cfg, train.metadata)
     world_cfg = world_config(cfg, train.metadata, source)
@@ -227,7 +227,7 @@ def main(cfg: Config) -> None:
         cfg,
         "world",
         world_cfg,
-        build=lambda rngs: World(world_cfg, cfg.compute, rngs),
+        build=lambda rngs, compute: World(world_cfg, compute, rngs),
         train_step=lambda state, batch, key: train_step(state, batch, key, cfg, source),
         evaluate=lambda world, batch, key: evaluate(world, batch, key, cfg, source),
         train=train,

@@ -137,14 +137,14 @@ def clip_flops(cfg: Config, model_cfg: TokenizerConfig) -> int:
 
 
 def main(cfg: Config) -> None:
-    start(cfg)
+    cfg = start(cfg)
     train, val = (open_split(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
     model_cfg = dataclasses.replace(cfg.model, frame_shape=train.metadata.frame_shape)
     fit(
         cfg,
         "tokenizer",
         model_cfg,
-        build=lambda rngs: Tokenizer(model_cfg, cfg.compute, rngs),
+        build=lambda rngs, compute: Tokenizer(model_cfg, compute, rngs),
         train_step=lambda state, batch, key: train_step(state, batch, key, cfg),
         evaluate=evaluate,
         train=train,

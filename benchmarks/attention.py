@@ -21,7 +21,7 @@ class Config(Output):
 
     implementation: Literal["cudnn", "xla"] = "xla"
     """Kernel."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Of queries, keys and values."""
     batch_size: int = 36
     """Clips."""

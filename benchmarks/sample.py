@@ -28,7 +28,7 @@ from utils.cli import run
 class Config(Output):
     """Measures a rollout from one prompt frame to the end of the window, of a world with random parameters."""
 
-    preset: Literal["bench", "tiny", "coinrun"] = "bench"
+    preset: Literal["bench", "tiny", "small", "coinrun", "moving"] = "bench"
     """Size of the three models."""
     kind: Literal["maskgit", "causal"] = "maskgit"
     """Kind of the dynamics model."""

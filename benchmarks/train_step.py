@@ -36,12 +36,14 @@ class Config(Output, Compute):
 
     model: Literal["tokenizer", "lam", "dynamics"] = "tokenizer"
     """Which training."""
-    preset: Literal["bench", "tiny", "coinrun"] = "bench"
+    preset: Literal["bench", "tiny", "small", "coinrun", "moving"] = "bench"
     """Its size, batch included."""
     from_tokens: bool = False
     """For the dynamics model: from stored tokens and latent actions instead of from frames."""
     batch_size: int = 0
     """Clips in a batch; 0: the preset's."""
+    grad_accum: int = 1
+    """Parts into which a batch is cut."""
     steps: int = 15
     """Steps to time, after three of warm-up."""
 
@@ -50,7 +52,7 @@ def setting(cfg: Config) -> tuple[TrainConfig, Callable[[], TrainState], Callabl
     """The training's config, what makes its first state, its step (state, batch, key), and the FLOPs of a clip."""
     compute = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Compute)}
     script: Any = {"tokenizer": train_tokenizer, "lam": train_lam, "dynamics": train_dynamics}[cfg.model]
-    train_cfg = dataclasses.replace(script.PRESETS[cfg.preset], **compute)
+    train_cfg = dataclasses.replace(script.PRESETS[cfg.preset], grad_accum=cfg.grad_accum, **compute)
     if cfg.batch_size:
         train_cfg = dataclasses.replace(train_cfg, batch_size=cfg.batch_size)
     trainable: Any = nnx.Param

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from models import init
+from models.kernels import whole
 from models.nn import Compute, linear
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class ColumnEmbedding(nnx.Module):
             first = np.cumsum([0, *values_A[discrete][:-1]])  # row of each column's first value
             number = jnp.nan_to_num(actions_XA[..., discrete])
             row = first + jnp.clip(number, 0, values_A[discrete] - 1).astype(jnp.int32)
-            parts.append(jnp.sum(self.table[...][row], axis=-2))
+            parts.append(jnp.sum(whole(self.table[...])[row], axis=-2))
             terms += len(discrete)
         if len(real):
             mean, scale = (np.array(x, np.float32)[real] for x in (self.cfg.action_mean, self.cfg.action_scale))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from models import flops
 from models.dynamics import DynamicsConfig, Predicted, TokenDynamics, TokenState
-from models.kernels import KV
+from models.kernels import KV, whole
 from models.nn import Past
 from models.sampling import SamplingConfig, draw_codes
 
@@ -89,7 +89,7 @@ class Causal(TokenDynamics):
         self, before_X: jax.Array, actions_XM: jax.Array, previous_X: jax.Array, first_X: jax.Array
     ) -> jax.Array:
         """Embeds places (..., M) by what each takes in; the arguments broadcast against each other."""
-        table_KM, first_X1 = self.token_embedding[...], first_X[..., None]
+        table_KM, first_X1 = whole(self.token_embedding[...]), first_X[..., None]
         if self.cfg.action_token == "add":
             x_XM = jnp.where(first_X1, table_KM[-1], table_KM[before_X]) + actions_XM
         else:

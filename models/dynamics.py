@@ -16,7 +16,7 @@ from flax import nnx
 
 from models import flops, init
 from models.actions import ColumnEmbedding
-from models.kernels import KV, products
+from models.kernels import KV, products, whole
 from models.motion import Damage, draw_damage, frames_before
 from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, patchify
 from models.sampling import SamplingConfig
@@ -215,7 +215,7 @@ class TokenDynamics(Dynamics):
 
     def embed_actions(self, actions_X: jax.Array) -> jax.Array:
         """Embeddings (..., M) of actions; none is the last row."""
-        table_AM = self.action_embedding[...]
+        table_AM = whole(self.action_embedding[...])
         if not self.cfg.action_values:
             return table_AM[actions_X]
         return jnp.where(jnp.isnan(actions_X[..., :1]), table_AM[-1], self.action_columns(actions_X))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from models.errors import InputError
 
@@ -54,6 +55,7 @@ def attention(
     *,
     causal: bool,
     implementation: str = "auto",
+    platform: str = "",
     past: KV | None = None,
     start: jax.Array | int = 0,
 ) -> jax.Array:
@@ -62,6 +64,7 @@ def attention(
     Args:
       causal: Each place attends to itself and to those before it; else to all that are given.
       implementation: See `models.nn.Compute.attention`; with a past it is always XLA's.
+      platform: Compile for such a device, which need not be there; a GPU is then taken to be an NVIDIA one from Ampere.
       past: Rows (R = 1) of earlier places, all of which are attended to as well.
       start: Index of the first given place; the first `min(start, S)` slots of the past are filled.
     Raises:
@@ -70,8 +73,9 @@ def attention(
     if past is not None:
         return _attention_with_past(q_BSQD, k_BSQD, v_BSQD, past, start, causal)
     head_width = q_BSQD.shape[-1]
-    fits = q_BSQD.dtype in (jnp.bfloat16, jnp.float16) and head_width % 8 == 0 and head_width <= 128
-    on_gpu = jax.default_backend() == "gpu" and flash_capable(jax.local_devices()[0])
+    fits = q_BSQD.dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128
+    here = not platform and jax.default_backend() == "gpu" and flash_capable(jax.local_devices()[0])
+    on_gpu = platform == "gpu" or here
     if implementation == "cudnn" and not (fits and on_gpu):
         raise InputError(
             "`attention` cudnn: needs an NVIDIA GPU (Ampere or later), `dtype` bfloat16 and a head width that is a "
@@ -162,11 +166,32 @@ class RMSNorm(nnx.Module):
     def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones(width))
 
-    def __call__(self, x_XM: jax.Array) -> jax.Array:
-        y_XM = x_XM.astype(jnp.float32)
-        # y * y and not jnp.square(y): XLA's CPU fusions then take a fifth off a whole block's time.
-        y_XM = y_XM * jax.lax.rsqrt(jnp.mean(y_XM * y_XM, axis=-1, keepdims=True) + 1e-6) * self.scale[...]
-        return y_XM.astype(x_XM.dtype)
+    def __call__(self, x_XM: jax.Array, turn: Callable[[jax.Array], jax.Array] = lambda y_XM: y_XM) -> jax.Array:
+        """The norm, and after it `turn`, which is given here so that what lies between the two need not be kept."""
+
+        def whole(x_XM: jax.Array, scale_M: jax.Array) -> jax.Array:
+            y_XM = x_XM.astype(jnp.float32)
+            # y * y and not jnp.square(y): XLA's CPU fusions then take a fifth off a whole block's time.
+            root_X1 = checkpoint_name(jax.lax.rsqrt(jnp.mean(y_XM * y_XM, axis=-1, keepdims=True) + 1e-6), "root")
+            return turn((y_XM * root_X1 * scale_M).astype(x_XM.dtype))
+
+        return lean(whole, x_XM.dtype)(x_XM, self.scale[...])
+
+
+def lean(function: Callable, dtype: Any) -> Callable:
+    """A function whose backward pass, in 16 bits, keeps its arguments and what is named "root", and computes all else.
+
+    Left to itself it would keep float32 copies, which take more than all else that a block keeps.
+    """
+    if dtype == jnp.float32:
+        return function
+    # Blocks are scanned where memory counts: their backward pass is another loop, which nothing can be merged with.
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names("root"), prevent_cse=False)
+
+
+def squared_relu(x_XF: jax.Array) -> jax.Array:
+    """max(x, 0)² (So et al. 2021)."""
+    return lean(lambda x_XF: jnp.square(jax.nn.relu(x_XF)), x_XF.dtype)(x_XF)
 
 
 class Linear(nnx.Linear):
@@ -183,6 +208,7 @@ def remat(body: Callable, how: str) -> Callable:
         return body
     policy = {
         "block": policies.nothing_saveable,
+        "outputs": policies.save_only_these_names("attended", "widened"),
         "dots": policies.dots_with_no_batch_dims_saveable,
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
@@ -192,6 +218,25 @@ def remat(body: Callable, how: str) -> Callable:
         ),
     }[how]
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def by_clip(x_BTNM: jax.Array) -> jax.Array:
+    """The same, split by clips over all devices of the mesh that is set (`jax.sharding.use_abstract_mesh`), if any.
+
+    At both ends of a block, for FSDP: else XLA brings the activations of all clips to a weight's parts, and not the
+    weight to each device's clips.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or len(x_BTNM) % mesh.size:
+        return x_BTNM
+    return jax.lax.with_sharding_constraint(x_BTNM, jax.sharding.PartitionSpec(mesh.axis_names))
+
+
+def whole(table_KM: jax.Array) -> jax.Array:
+    """A table to look up in, whole on each device of the mesh that is set: else each would look up a part of all."""
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return table_KM
+    return jax.lax.with_sharding_constraint(table_KM, jax.sharding.PartitionSpec())
 
 
 @jax.custom_vjp

@@ -12,7 +12,8 @@ from models import init
 from models.errors import InputError
 from models.fsq import check_levels, quantizer
 from models.motion import MotionHead
-from models.nn import Compute, Places, STConfig, STTransformer, linear, num_patches, patchify, unpatchify
+from models.nn import Compute, Places, STConfig, STTransformer, in_float32, linear, num_patches, patchify, unpatchify
+from models.vq import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +92,17 @@ class LAM(nnx.Module):
 
     def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> ActionReconstruction:
         """Infers the actions of a clip in [0, 1] and predicts each next frame from them."""
-        quantized = self.vq(self.latents(frames_BTHWC), train)
+        quantized = self.vq(self.latents(frames_BTHWC), train) if train else self._encode(frames_BTHWC)
         next_frames, hidden = self._predict(frames_BTHWC[:, :-1], quantized.vectors_XL)
         return ActionReconstruction(next_frames, quantized.codes_X, quantized.latents_XL, quantized.commitment, hidden)
 
     def infer(self, frames_BTHWC: jax.Array) -> jax.Array:
-        """The latent actions (B, Tm1) of a clip in [0, 1]."""
-        return self.vq(self.latents(frames_BTHWC)).codes_X
+        """The latent actions (B, Tm1) of a clip in [0, 1], in float32 whatever the dtype."""
+        return self._encode(frames_BTHWC).codes_X
+
+    def _encode(self, frames_BTHWC: jax.Array) -> Quantized:
+        exact = in_float32(self)  # for the reason of `Tokenizer._encode`
+        return exact.vq(exact.latents(frames_BTHWC))
 
     def predict(self, past_BTm1HWC: jax.Array, actions_BTm1L: jax.Array) -> jax.Array:
         """Frames 1 ... T - 1 from frames 0 ... T - 2 and the vectors of the actions between them."""

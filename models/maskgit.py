@@ -9,7 +9,7 @@ import numpy as np
 
 from models import flops
 from models.dynamics import DynamicsConfig, Predicted, TokenDynamics, TokenState
-from models.kernels import KV
+from models.kernels import KV, whole
 from models.nn import Past
 from models.sampling import SamplingConfig, draw_codes
 
@@ -24,7 +24,7 @@ class MaskGIT(TokenDynamics):
         previous_BTN = jnp.concatenate([previous_BN[:, None], known_BTN[:, :-1]], axis=1)
         # A hidden place knows which token stood there a frame ago. The logits are products with the same embeddings, so
         # that what stays as it is, which is most of a video, need not be learned code by code.
-        table_KM = self.token_embedding[...]
+        table_KM = whole(self.token_embedding[...])
         x_BTNM = table_KM[known_BTN] + jnp.where(hidden_BTN[..., None], table_KM[previous_BTN], 0.0)
         actions_BT1M = self.embed_actions(actions_BT)[:, :, None]
         if self.cfg.action_token == "prepend":

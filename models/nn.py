@@ -10,29 +10,47 @@ Names carry shapes as suffixes, in one alphabet for the whole project:
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import tyro
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from models import init
 from models.errors import InputError
-from models.kernels import KV, Linear, RMSNorm, attention, remat, rotate, rotate_space
+from models.kernels import KV, Linear, RMSNorm, attention, by_clip, remat, rotate, rotate_space, squared_relu
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """How a model is computed. Nothing here changes the parameters, so it may differ from run to run."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of matrix products and activations; parameters, norms, softmax, logits and losses stay float32."""
-    remat: Literal["none", "block", "dots", "offload"] = "none"
-    """Activation checkpointing: keep everything, recompute each block, keep matrix products only, or keep each
-    block's input in pinned host memory."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Of matrix products and activations; parameters, norms, softmax, logits and losses stay float32. auto takes
+    bfloat16 on an accelerator."""
+    remat: Literal["auto", "none", "dots", "outputs", "block", "offload"] = "none"
+    """Activation checkpointing: keep everything, keep matrix products only, keep attention's outputs and the
+    feed-forward layer's inner ones, recompute each block from its input, or keep that in pinned host memory. auto takes
+    the first of them that fits an accelerator's memory."""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """Attention kernel; auto takes cuDNN's flash attention on a GPU where dtype and shape allow it, else XLA."""
+    platform: Annotated[Literal["", "cpu", "gpu", "tpu"], tyro.conf.Suppress] = ""
+    """For what kind of device; default: the one that JAX computes on."""
+
+    def settled(self) -> "Compute":
+        """With a dtype in the place of auto, and no checkpointing in the place of auto."""
+        on_cpu = self.target == "cpu"
+        dtype = self.dtype if self.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+        return dataclasses.replace(self, dtype=dtype, remat="none" if self.remat == "auto" else self.remat)
+
+    @property
+    def target(self) -> str:
+        """The kind of device: "cpu", "gpu" or "tpu"."""
+        return self.platform or jax.default_backend()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +149,10 @@ class Attention(nnx.Module):
           The output, and the keys and values of the given places.
         """
         q_BTNQD, k_BTNQD, v_BTNQD = self._heads(x_BTNM)
-        if self.axis == "time":
-            q_BTNQD, k_BTNQD = rotate(q_BTNQD, start), rotate(k_BTNQD, start)
-        elif self.places:
-            q_BTNQD, k_BTNQD = (rotate_space(x_BTNQD, start, *self.places) for x_BTNQD in (q_BTNQD, k_BTNQD))
+        q_BTNQD, k_BTNQD = (
+            norm(x_BTNQD, lambda y_BTNQD: self._turn(y_BTNQD, start))
+            for norm, x_BTNQD in ((self.q_norm, q_BTNQD), (self.k_norm, k_BTNQD))
+        )
         # Rows attend apart: frames along space, places along time.
         q_BRSQD, k_BRSQD, v_BRSQD = (self._swap(x_BTNQD) for x_BTNQD in (q_BTNQD, k_BTNQD, v_BTNQD))
         B, R, S, Q, D = q_BRSQD.shape
@@ -144,22 +162,26 @@ class Attention(nnx.Module):
             *(x_BRSQD.reshape(B * R, S, Q, D) for x_BRSQD in (q_BRSQD, k_BRSQD, v_BRSQD)),
             causal=self.causal,
             implementation=self.compute.attention,
+            platform=self.compute.platform,
             past=past,
             start=start,
         )
         y_BTNQD = self._swap(y_BSQD.reshape(B, R, S, Q, D))
         own = KV(jnp.einsum("brsqd->brqds", k_BRSQD), jnp.einsum("brsqd->brqsd", v_BRSQD))
-        return self.out(y_BTNQD.reshape(x_BTNM.shape)), own
+        return checkpoint_name(self.out(y_BTNQD.reshape(x_BTNM.shape)), "attended"), own
 
     def _heads(self, x_BTNM: jax.Array) -> list[jax.Array]:
-        """Queries, keys and values, each (B, T, N, Q, D)."""
+        """Queries and keys, which are to be normalised, and values, each (B, T, N, Q, D)."""
         B, T, N, M = x_BTNM.shape
         # Split while the other axes are still folded, as in `Linear`.
         qkv_X3M = self.qkv(x_BTNM.reshape(-1, M))
-        q_BTNQD, k_BTNQD, v_BTNQD = (
-            y_XM.reshape(B, T, N, self.num_heads, -1) for y_XM in jnp.split(qkv_X3M, 3, axis=-1)
-        )
-        return [self.q_norm(q_BTNQD), self.k_norm(k_BTNQD), v_BTNQD]
+        return [y_XM.reshape(B, T, N, self.num_heads, -1) for y_XM in jnp.split(qkv_X3M, 3, axis=-1)]
+
+    def _turn(self, y_BTNQD: jax.Array, start: jax.Array | int) -> jax.Array:
+        """Normalised queries or keys, rotated by where they stand."""
+        if self.axis == "time":
+            return rotate(y_BTNQD, start)
+        return rotate_space(y_BTNQD, start, *self.places) if self.places else y_BTNQD
 
     def _swap(self, x_BTNQD: jax.Array) -> jax.Array:
         """Between (B, T, N, Q, D) and (B, R, S, Q, D), either way."""
@@ -185,8 +207,9 @@ class STBlock(nnx.Module):
         x_BTNM += y_BTNM
         y_BTNM, time = self.temporal(self.temporal_norm(x_BTNM), past and past.time, frame)
         x_BTNM += y_BTNM
-        # Squared ReLU (So et al. 2021) learns as well as GELU here and takes half the time on a CPU.
-        x_BTNM += self.ffn_out(jnp.square(jax.nn.relu(self.ffn_in(self.ffn_norm(x_BTNM)))))
+        # It learns as well as GELU here and takes half the time on a CPU.
+        wide_BTNF = checkpoint_name(self.ffn_in(self.ffn_norm(x_BTNM)), "widened")
+        x_BTNM += self.ffn_out(squared_relu(wide_BTNF))
         return Transformed(x_BTNM, time, space)
 
 
@@ -218,15 +241,15 @@ class STTransformer(nnx.Module):
 
         def body(x_BTNM: jax.Array, layer: tuple[Any, Any, Any]) -> tuple[jax.Array, Any]:
             params, time, space = layer
-            x_BTNM = checkpoint_name(x_BTNM, "block_input")
+            x_BTNM = checkpoint_name(by_clip(x_BTNM), "block_input")
             mine = past and past._replace(time=time, space=space)
             x_BTNM, *own = nnx.merge(graphdef, params)(x_BTNM, mine)
-            return x_BTNM, own if keep else (None, None)
+            return by_clip(x_BTNM), own if keep else (None, None)
 
         # On a CPU the scan's copying of what the backward pass needs takes a sixth of a step; with activation
         # checkpointing there is little to copy, and unrolled blocks would be merged with their recomputation. Sampling,
         # which keeps keys and values, has no backward pass, and compiles sooner if scanned.
-        unroll = not keep and self.compute.remat == "none" and jax.default_backend() == "cpu"
+        unroll = not keep and self.compute.remat == "none" and self.compute.target == "cpu"
         layers = (stacked, past and past.time, past and past.space)
         x_BTNM = x_BTNM.astype(jnp.dtype(self.compute.dtype))
         x_BTNM, (time, space) = jax.lax.scan(remat(body, self.compute.remat), x_BTNM, layers, unroll=unroll)
@@ -251,6 +274,21 @@ def linear(
         kernel_init=init.kernel(scale),
         rngs=rngs,
     )
+
+
+def in_float32(model: Model) -> Model:
+    """A model of the same parameters that takes its products in float32, whatever its `Compute.dtype`."""
+    copy = nnx.merge(*nnx.split(model))
+    parts = [part for _, part in nnx.iter_graph(copy) if isinstance(part, nnx.Module)]
+    computed: list[Any] = [part for part in parts if hasattr(part, "compute")]
+    if all(part.compute.dtype == "float32" for part in computed):
+        return model
+    for part in computed:
+        part.compute = dataclasses.replace(part.compute, dtype="float32")
+    for layer in parts:
+        if isinstance(layer, Linear):
+            layer.dtype = jnp.float32
+    return copy
 
 
 def num_patches(frame_shape: tuple[int, int, int], patch_size: int) -> int:

@@ -13,7 +13,18 @@ from models.errors import InputError
 from models.fsq import check_levels, quantizer
 from models.kernels import KV
 from models.motion import Damage, MotionHead, frames_before
-from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, num_patches, patchify, unpatchify
+from models.nn import (
+    Compute,
+    Past,
+    Places,
+    STConfig,
+    STTransformer,
+    in_float32,
+    linear,
+    num_patches,
+    patchify,
+    unpatchify,
+)
 from models.vq import Quantized
 
 
@@ -144,7 +155,10 @@ class Tokenizer(nnx.Module):
         if self.cfg.closed_loop and not train:
             return self._follow(frames_BTHWC)
         last_BTHWC = frames_before(frames_BTHWC)
-        quantized = self.vq(self._latents(frames_BTHWC, last_BTHWC).latents_BTNL, train)
+        if train:
+            quantized = self.vq(self._latents(frames_BTHWC, last_BTHWC).latents_BTNL, train)
+        else:
+            quantized = self._encode(frames_BTHWC, last_BTHWC)
         if self.cfg.motion_reach and not train:
             out = self._unroll(quantized.vectors_XL)
         else:
@@ -161,7 +175,7 @@ class Tokenizer(nnx.Module):
         return _reconstruction(quantized, out)
 
     def encode(self, frames_BTHWC: jax.Array, last_BTHWC: jax.Array | None = None) -> jax.Array:
-        """Frames in [0, 1] to tokens (B, T, N).
+        """Frames in [0, 1] to tokens (B, T, N), in float32 whatever the dtype.
 
         Args:
           last_BTHWC: For each frame the picture that will be shown before it, if that is not the true one; of no
@@ -169,7 +183,13 @@ class Tokenizer(nnx.Module):
         """
         if last_BTHWC is None or not self.cfg.closed_loop:
             last_BTHWC = frames_before(frames_BTHWC)
-        return self.vq(self._latents(frames_BTHWC, last_BTHWC).latents_BTNL).codes_X
+        return self._encode(frames_BTHWC, last_BTHWC).codes_X
+
+    def _encode(self, frames_BTHWC: jax.Array, last_BTHWC: jax.Array) -> Quantized:
+        # In float32 whatever the dtype: bfloat16 flips tokens that are nearly tied, some 3 %, and whoever encodes a
+        # frame, a training, a sampler or the maker of a token dataset, must find the same ones.
+        exact = in_float32(self)
+        return exact.vq(exact._latents(frames_BTHWC, last_BTHWC).latents_BTNL)
 
     def decode(self, tokens_BTN: jax.Array) -> Decoded:
         """Tokens of a clip to frames, from these alone: a moving decoder begins with grey, then moves its own."""
@@ -220,12 +240,13 @@ class Tokenizer(nnx.Module):
         B, T = frames_BTHWC.shape[:2]
         N = self.cfg.num_patches
         grey_B1HWC = jnp.full((B, 1, *self.cfg.frame_shape), 0.5)
-        caches = self.encoder.empty_cache(B, N, T), self.decoder.empty_cache(B, N, T)
+        exact = in_float32(self)  # as in `_encode`
+        caches = exact.encoder.empty_cache(B, N, T), self.decoder.empty_cache(B, N, T)
 
         def one(carry: tuple[KV, KV, jax.Array], step: tuple[jax.Array, jax.Array]) -> tuple[tuple, Reconstruction]:
             (encoded, decoded, last_B1HWC), (frame, now_BHWC) = carry, step
-            latents_B1NL, time = self._latents(now_BHWC[:, None], last_B1HWC, Past(encoded, frame), keep=True)
-            quantized = self.vq(latents_B1NL)
+            latents_B1NL, time = exact._latents(now_BHWC[:, None], last_B1HWC, Past(encoded, frame), keep=True)
+            quantized = exact.vq(latents_B1NL)
             out = self._decode(quantized.vectors_XL, last_B1HWC, Past(decoded, frame), keep=True)
             assert time
             assert out.time

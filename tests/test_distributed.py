@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from models.stored import checkpoint_steps
 from tests.conftest import LAM, ROOT, SMALL, TOKENIZER, script
 from tests.test_train import assert_same, flags, lines, losses, stored
-from utils.sharding import batch_sharding, start_distributed, state_sharding
+from utils.sharding import batch_sharding, sees_all_devices, start_distributed, state_sharding
 
 
 def assert_close(a, b):
@@ -104,30 +104,63 @@ def free_port():
         return s.getsockname()[1]
 
 
-def two_processes(name, *given):
-    """Runs a script as two processes that talk over gloo."""
+def processes(count, name, *given):
+    """Runs a script as so many processes that talk over gloo."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "XLA_FLAGS": ""}
-    meet = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", "2", "--process_id"]
-    commands = [[sys.executable, f"{name}.py", *map(str, given), *meet, str(i)] for i in range(2)]
-    processes = [
+    meet = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", str(count), "--process_id"]
+    commands = [[sys.executable, f"{name}.py", *map(str, given), *meet, str(i)] for i in range(count)]
+    started = [
         subprocess.Popen(c, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for c in commands
     ]
-    outputs = [p.communicate(timeout=300)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
+    outputs = [p.communicate(timeout=300)[0] for p in started]
+    assert [p.returncode for p in started] == [0] * count, "\n".join(outputs)
     return outputs
 
 
-def test_two_processes_resume_one_and_one_resumes_two(half, trained, dataset):
-    name, model = model_of("tokenizer", trained)
-    folder = half("tokenizer")
-    outputs = two_processes(name, *model, *flags(dataset, folder))
-    assert "2 cpu in 2 process(es)" in outputs[0]
+MANY = [(kind, 2) for kind in ("tokenizer", "lam", "world")]
+MANY += [pytest.param(kind, 4, marks=pytest.mark.slow) for kind, _ in MANY]
+
+
+@pytest.mark.parametrize(("kind", "count"), MANY)
+def test_many_processes_learn_what_one_does(kind, count, trained, dataset, tmp_path):
+    """From nothing, and resumed by one; each holds a block of the batch, and what is drawn goes by a clip's place."""
+    name, model = model_of(kind, trained)
+    outputs = processes(count, name, *model, *flags(dataset, tmp_path))
+    assert f"process 1 of {count}: waits for the others" in outputs[1]
+    assert f"{count} cpu in {count} process(es)" in outputs[0]
     assert "step 4/6" not in outputs[1]  # the first process alone reports
-    assert_close(losses(folder), losses(trained["tokenizer"]))
-    shutil.rmtree(folder / "3")
-    script(name, *model, *flags(dataset, folder), "--num_steps", 8)
-    assert sorted(losses(folder)) == list(range(1, 9))
+    assert_close(losses(tmp_path), losses(trained[kind]))
+    shutil.rmtree(tmp_path / "6")
+    script(name, *model, *flags(dataset, tmp_path))
+    assert_close(losses(tmp_path), losses(trained[kind]))
+    assert checkpoint_steps(tmp_path)[-1] == 6
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", pytest.param("world", marks=pytest.mark.slow)])
+def test_two_processes_resume_one(kind, half, trained, dataset):
+    name, model = model_of(kind, trained)
+    folder = half(kind)
+    processes(2, name, *model, *flags(dataset, folder), "--fsdp", 2)
+    assert_close(losses(folder), losses(trained[kind]))
+
+
+def test_a_process_whose_others_do_not_come_gives_up_in_a_line():
+    program = f"""if True:
+        from utils import sharding
+        from utils.cli import run
+        from train_tokenizer import Config
+        sharding.PATIENCE_S = 3
+        run(lambda cfg: sharding.start_distributed("127.0.0.1:{free_port()}", 2, 1), Config)
+    """
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert "process 1 of 2: waits for the others, at most 3 s; --distributed off trains alone" in done.stdout
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: process 1 of 2: the others did not come in 3 s; start all with one srun or mpirun")
 
 
 def kill_at_random_moments(command, folder, kills, rng):
@@ -293,25 +326,57 @@ def test_the_largest_axis_that_fits_is_sharded_and_batches_are_split_over_all_de
     assert batch_sharding(mesh).shard_shape((16, 5)) == (2, 5)
 
 
+VARIABLES = {
+    *("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE", "SLURM_PROCID"),
+    *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "TPU_WORKER_HOSTNAMES", "CUDA_VISIBLE_DEVICES"),
+}
+
+
+@pytest.fixture
+def initialized(monkeypatch):
+    """The calls of `jax.distributed.initialize`, in an environment without a cluster."""
+    calls = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *given, initialization_timeout: calls.append(given))
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
 @pytest.mark.parametrize(
     ("environment", "joined"),
     [
         ({}, []),
-        ({"SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": ""}, []),
-        ({"SLURM_NTASKS": "4"}, [()]),
+        ({"SLURM_NTASKS": "4"}, []),  # a shell inside of salloc, or a notebook in a job
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, []),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, [()]),
+        ({"OMPI_COMM_WORLD_SIZE": ""}, []),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, [()]),
         ({"TPU_WORKER_HOSTNAMES": "one"}, []),
         ({"TPU_WORKER_HOSTNAMES": "one,two"}, [()]),
     ],
 )
-def test_processes_meet_where_there_are_several(environment, joined, monkeypatch):
-    calls = []
-    monkeypatch.setattr("jax.distributed.initialize", lambda *given: calls.append(given))
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.delenv(name, raising=False)
+def test_processes_meet_where_there_are_several(environment, joined, initialized, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     start_distributed()
-    assert calls == joined
+    assert initialized == joined
+    start_distributed(how="off")
+    assert initialized == joined
     start_distributed("host:1234", 2, 1)
-    assert calls[-1] == ("host:1234", 2, 1)
+    assert initialized[-1] == ("host:1234", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "all_of_them"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "8", "CUDA_VISIBLE_DEVICES": "0"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+    ],
+)
+def test_a_task_alone_on_its_host_uses_every_device(environment, all_of_them, initialized, monkeypatch):
+    """JAX would give each task of Slurm one GPU."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert sees_all_devices() == all_of_them

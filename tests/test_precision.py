@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 from models.dynamics import DynamicsConfig
+from models.kernels import RMSNorm, rotate, squared_relu
+from models.lam import LAM, LAMConfig
 from models.maskgit import MaskGIT
 from models.nn import Compute, Places, STConfig, STTransformer
 from models.tokenizer import Tokenizer, TokenizerConfig
@@ -38,7 +40,7 @@ def test_bfloat16_is_for_products_only():
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: Tokenizer(cfg, Compute(dtype="bfloat16"), nnx.Rngs(0))))
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(variables))
     frames = jnp.zeros((1, 3, 8, 8, 3))
-    jaxpr = jax.make_jaxpr(lambda v: nnx.merge(graphdef, v)(frames))(variables).jaxpr
+    jaxpr = jax.make_jaxpr(lambda v: nnx.merge(graphdef, v)(frames, train=True))(variables).jaxpr
     products = 0
     for eqn in equations(jaxpr):
         dtypes = {v.aval.dtype for v in eqn.invars if hasattr(v, "aval") and jnp.issubdtype(v.aval.dtype, jnp.floating)}
@@ -73,13 +75,51 @@ def test_bfloat16_stays_near_float32():
     assert np.any(outs[0] != outs[1])
 
 
+def test_frames_are_encoded_in_float32_whatever_the_dtype():
+    cfg = TokenizerConfig(**SIZE, patch_size=4, num_codes=16, code_width=4, frame_shape=(8, 8, 3))
+    lam_cfg = LAMConfig(**SIZE, patch_size=4, num_codes=4, code_width=4, frame_shape=(8, 8, 3))
+    exact, half = (Tokenizer(cfg, Compute(dtype=dtype), nnx.Rngs(0)) for dtype in ("float32", "bfloat16"))
+    lam, half_lam = (LAM(lam_cfg, Compute(dtype=dtype), nnx.Rngs(0)) for dtype in ("float32", "bfloat16"))
+    frames = jax.random.uniform(jax.random.key(1), (8, 6, 8, 8, 3))
+    np.testing.assert_array_equal(half.encode(frames), exact.encode(frames))
+    np.testing.assert_array_equal(half(frames).latents_BTNL, exact(frames).latents_BTNL)
+    np.testing.assert_array_equal(half_lam.infer(frames), lam.infer(frames))
+    assert np.any(half(frames, train=True).latents_BTNL != exact(frames).latents_BTNL)  # training takes its dtype
+    assert half.encoder.compute.dtype == "bfloat16"  # and the model is as it was
+    assert np.any(half(frames).frames_BTHWC != exact(frames).frames_BTHWC)
+
+
+@pytest.mark.parametrize("what", ["norm", "norm and rotation", "squared_relu"])
+def test_in_sixteen_bits_no_float32_copy_is_kept(what):
+    norm = RMSNorm(16)
+    norm.scale[...] = 1 + 0.1 * jax.random.normal(jax.random.key(2), (16,))
+    given = jax.random.normal(jax.random.key(0), (2, 6, 4, 2, 16), jnp.bfloat16)
+    turn = lambda y: rotate(y, 3)
+
+    def plain(x):
+        if what == "squared_relu":
+            return jnp.square(jax.nn.relu(x))
+        y = x.astype(jnp.float32)
+        y = (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6) * norm.scale[...]).astype(x.dtype)
+        return turn(y) if "rotation" in what else y
+
+    own = {"norm": norm, "norm and rotation": lambda x: norm(x, turn), "squared_relu": squared_relu}[what]
+    (y, back), (expected, plain_back) = jax.vjp(own, given), jax.vjp(plain, given)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_allclose(*(f(y)[0].astype(jnp.float32) for f in (back, plain_back)), rtol=0.02, atol=0.02)
+    kept = lambda back: [x.nbytes for x in jax.tree.leaves(back) if x.dtype != bool]
+    assert max(kept(back)) <= given.nbytes
+    assert sum(kept(back)) <= 1.6 * given.nbytes  # a root for each 16 numbers here, for 64 and more in a preset
+    assert what == "squared_relu" or sum(kept(plain_back)) > 2 * given.nbytes
+
+
 def gradient(remat):
     model = STTransformer(STConfig(**SIZE), Compute(remat=remat), nnx.Rngs(0), Places(2))
     graphdef, params = nnx.split(model)
     return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(X).x_BTNM))))(params)
 
 
-@pytest.mark.parametrize("remat", ["block", "dots", "offload"])
+@pytest.mark.parametrize("remat", ["dots", "outputs", "block", "offload"])
 def test_activation_checkpointing_changes_no_gradient(remat):
     plain, saved = gradient("none"), gradient(remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), plain, saved)

@@ -40,7 +40,8 @@ from utils.progress import Profiler, Reporter, Speed, Waiting
 from utils.records import Metadata, write_metadata, write_shard
 from utils.sharding import make_mesh
 from utils.state import TrainState, apply_gradients
-from utils.train import TrainConfig, Validation, compile_step, read
+from utils.step import compile_step
+from utils.train import TrainConfig, Validation, read
 from utils.video import label
 
 
@@ -512,7 +513,7 @@ def test_each_step_has_its_own_key_and_the_same_one_after_a_restart():
 
     def drawn(steps):
         state, batch, numbers = linear_state(), jnp.zeros(2), []
-        step_fn, _ = compile_step(cfg, mesh, train_step, state, batch)
+        step_fn, *_ = compile_step(cfg, mesh, train_step, state, batch)
         for step in steps:
             state, metrics = step_fn(state, batch, np.int32(step))
             numbers.append(float(metrics["drawn"]))

@@ -40,7 +40,8 @@ HARMLESS = {
     *("log", "entity", "project", "run_name", "tensorboard", "profile", "debug_nans", "log_gradients", "deterministic"),
     *("log_interval", "val_interval", "val_batches", "checkpoint_interval", "keep_latest", "keep_every", "keep_best"),
     *("steps", "temperature", "order", "top_k", "top_p"),  # of sampling
-    *("num_workers", "fsdp", "coordinator", "num_processes", "process_id", "remat", "attention", "compile_cache"),
+    *("num_workers", "fsdp", "batch_per_device", "distributed", "coordinator", "num_processes", "process_id"),
+    *("remat", "attention", "platform", "compile_cache"),
 }
 """Training flags that a resumed run may change: they do not touch the curve beyond rounding."""
 

@@ -29,8 +29,8 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Mapping[s
       presets: Full sets of defaults by name, chosen by `--preset NAME`; flags override them. The first is the
         default.
 
-    Input errors, diverged trainings and failed file operations become one line on stderr and exit status 1, Ctrl-C exit
-    status 130.
+    Input errors, diverged trainings, full devices and failed file operations become one line on stderr and exit status
+    1, Ctrl-C exit status 130.
     """
     keep_freed_memory()
     raise_file_limit()
@@ -42,6 +42,9 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Mapping[s
         print(f"error: {with_flags(error, config)}", file=sys.stderr)
         raise SystemExit(1) from None
     except (RuntimeError, AssertionError) as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            print(f"error: {with_flags(out_of_memory(error, config), config)}", file=sys.stderr)
+            raise SystemExit(1) from None
         if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):  # JAX starts devices
             raise
         wanted, reason = os.environ.get("JAX_PLATFORMS", ""), " ".join(str(error).split())[:200]
@@ -50,6 +53,28 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Mapping[s
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def out_of_memory(error: Exception, config: Any) -> InputError:
+    """What a device's memory has no room for, how much there is, and which of the command's flags take less."""
+    import jax
+
+    wanted = re.search(r"allocat\w+ ([\d.]+ ?(?:bytes|[KMGT]i?B))", str(error))
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    there = f"; there are {limit / 2**30:.1f} GiB in all" if limit else ""
+    less = {
+        "remat": "`remat` block",
+        "grad_accum": "a larger `grad_accum`",
+        "fsdp": "`fsdp` over more devices",
+        "batch_size": "a smaller `batch_size`",
+        "num_clips": "fewer clips (`num_clips`)",
+        "max_players": "fewer `max_players`",
+    }
+    flags = [text for name, text in less.items() if name in {field.name for field in dataclasses.fields(config)}]
+    remedy = f"; less is taken by {', '.join(flags)}" if flags else ""
+    return InputError(
+        f"out of memory on a device: no room for another {wanted[1] if wanted else 'array'}{there}{remedy}"
+    )
 
 
 def with_flags(error: Exception, config: Any) -> str:

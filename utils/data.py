@@ -194,32 +194,30 @@ def batches(
     *,
     start: int = 0,
     num_workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """An endless stream of this process's share of the global batches `start`, `start + 1`, ...
+    """An endless stream of the global batches `start`, `start + 1`, ..., or of this process's share of them.
 
     A batch is a function of `(source, seed, batch index)` alone. Clips are shuffled by index, anew in each epoch, and
-    cut at random places; the numbers of workers and processes change nothing: process p of n holds the clips
-    p, p + n, p + 2n, ... of each global batch.
+    cut at random places; the numbers of workers and processes change nothing.
 
     Args:
-      batch_size: Clips in a global batch; a multiple of `process_count`.
+      batch_size: Clips in a global batch.
       num_workers: Worker processes that read ahead; 0 reads in threads of this process.
+      rows: Which clips of each global batch to read; by default all.
     """
     import absl.flags
     import grain
 
-    if batch_size % process_count:
-        raise InputError(f"`batch_size` {batch_size}: must be a multiple of the {process_count} processes")
     places = source.order(seed).random_map(lambda index, rng: (index, rng.random()))
+    mine = np.arange(batch_size) if rows is None else np.asarray(rows)
     # An end, for without one grain's batches of one clip would be more than Python can count.
-    mine = places[start * batch_size + process_index : 2**62 : process_count].batch(batch_size // process_count)
-    dataset = mine.map(lambda place: source.windows(*place)).to_iter_dataset(
+    whole = places[start * batch_size : 2**62].batch(batch_size)
+    dataset = whole.map(lambda place: source.windows(place[0][mine], place[1][mine])).to_iter_dataset(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     )
     if num_workers:
-        check_shared_memory(source, batch_size // process_count, num_workers)
+        check_shared_memory(source, len(mine), num_workers)
         absl.flags.FLAGS.mark_as_parsed()  # grain's workers read flags, and no one else parses them here
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=BATCHES_PER_WORKER)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
@@ -259,18 +257,36 @@ def _ignore_interrupts(worker: int, workers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def to_device(stream: Iterator[Batch], sharding: Any, ahead: int = 1) -> Generator[Batch, None, None]:
+def to_device(
+    stream: Iterator[Batch],
+    sharding: Any,
+    rows: Sequence[int] | np.ndarray | None = None,
+    batch_size: int = 0,
+    ahead: int = 1,
+) -> Generator[Batch, None, None]:
     """Moves batches to the devices, `ahead` of their use, so that the copy overlaps with the running step.
 
     Args:
-      sharding: Of the global batch; each process gives its own share.
+      sharding: Of the global batch.
+      rows, batch_size: Of a process that gives a share of it alone: which clips of how many.
     """
     import jax
+
+    def place(share: np.ndarray) -> jax.Array:
+        whole = (batch_size or len(share), *share.shape[1:])
+        held = np.arange(len(share)) if rows is None else np.asarray(rows)
+
+        def part(index: Any) -> np.ndarray:
+            first, end, _ = index[0].indices(whole[0])
+            at = np.searchsorted(held, first)
+            return share[at : at + end - first]
+
+        return jax.make_array_from_callback(whole, sharding, part)
 
     queue: deque[Batch] = deque()
     try:
         for batch in stream:
-            queue.append(jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch))
+            queue.append(jax.tree.map(place, batch))
             if len(queue) > ahead:
                 yield queue.popleft()
     finally:

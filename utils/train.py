@@ -1,17 +1,16 @@
 """The clockwork of a training: restore, step, log, evaluate, save."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from models.errors import DivergenceError, InputError
 from models.nn import Compute
@@ -23,19 +22,28 @@ from utils.init_from import begin_with
 from utils.logging import Console, Files, TensorBoard, Wandb, Writer, Writers, check_wandb
 from utils.optim import OptimConfig, make_optimizer, phases, raised_rate
 from utils.progress import Profiler, Reporter, Speed, Waiting
-from utils.sharding import batch_sharding, make_mesh, start_distributed, state_sharding
+from utils.settle import settled
+from utils.sharding import batch_sharding, make_mesh, own_rows, spread, start_distributed, state_sharding, whole_here
 from utils.signals import StopOnSignal
 from utils.state import TrainState
+from utils.step import Build, TrainStep, fitting_step
 from utils.video import strip
 
-TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 Evaluate = Callable[[Any, Batch, jax.Array], tuple[dict[str, jax.Array], jax.Array]]
+Config = TypeVar("Config")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(CheckpointConfig, OptimConfig, Compute):
     """Flags that every training script shares."""
 
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products and activations; parameters, norms, softmax, logits and losses stay float32. auto takes
+    bfloat16 on an accelerator, and in a resumed training what it began with."""
+    remat: Literal["auto", "none", "dots", "outputs", "block", "offload"] = "auto"
+    """Activation checkpointing: keep everything, keep matrix products only, keep attention's outputs and the
+    feed-forward layer's inner ones, recompute each block from its input, or keep that in pinned host memory. auto takes
+    the first of them that fits an accelerator's memory, and none on a CPU."""
     data_dir: str = "data/coinrun"
     """Dataset folder, made by generate_dataset.py or preprocess_dataset.py; or several with their weights, as
     data/mine:0.7,data/coinrun:0.3."""
@@ -46,6 +54,8 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
     one does not look at it."""
     batch_size: int = 48
     """Clips in a global batch."""
+    batch_per_device: int = 0
+    """Clips for each device, in the place of --batch_size; a resumed training keeps the batches that it began with."""
     seq_len: int = 16
     """Frames in a clip."""
     grad_accum: int = 1
@@ -63,6 +73,8 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
     """Batches of a validation, the same each time."""
     fsdp: int = 1
     """Devices over which parameters and optimizer state are sharded; 1 is plain data parallelism."""
+    distributed: Literal["auto", "off"] = "auto"
+    """auto joins the other tasks of a Slurm step, an mpirun or a TPU slice; off trains alone, as in a sweep."""
     coordinator: str = ""
     """host:port of the first process, for a multi-host run outside Slurm, MPI or a cloud."""
     num_processes: int = 0
@@ -96,27 +108,32 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
                 raise InputError(f"`{name}` {getattr(self, name)}: must be at least 1")
         if self.seq_len < 2:
             raise InputError(f"`seq_len` {self.seq_len}: must be at least 2 frames")
-        if self.batch_size % self.grad_accum:
-            raise InputError(f"`grad_accum` {self.grad_accum}: must divide `batch_size` {self.batch_size}")
+        if self.batch_per_device < 0:
+            raise InputError(f"`batch_per_device` {self.batch_per_device}: must not be negative")
+        name = "batch_per_device" if self.batch_per_device else "batch_size"
+        if getattr(self, name) % self.grad_accum:
+            raise InputError(f"`grad_accum` {self.grad_accum}: must divide `{name}` {getattr(self, name)}")
 
     @property
     def compute(self) -> Compute:
         """How the model is computed."""
-        return Compute(self.dtype, self.remat, self.attention)
+        return Compute(self.dtype, self.remat, self.attention, self.platform).settled()
 
 
-def start(cfg: TrainConfig) -> None:
-    """Sets up JAX as the flags say; before anything else touches a device."""
-    set_up_jax(cfg.compile_cache, cfg.deterministic)
-    jax.config.update("jax_debug_nans", cfg.debug_nans)
-    start_distributed(cfg.coordinator, cfg.num_processes, cfg.process_id)
+def start(cfg: Config) -> Config:
+    """Sets up JAX as the flags say, before anything else touches a device; settles what they leave to the machine."""
+    given: Any = cfg
+    set_up_jax(given.compile_cache, given.deterministic)
+    jax.config.update("jax_debug_nans", given.debug_nans)
+    start_distributed(given.coordinator, given.num_processes, given.process_id, given.distributed)
+    return settled(cfg)
 
 
 def fit(
     cfg: TrainConfig,
     kind: str,
     model_cfg: Any,
-    build: Callable[[nnx.Rngs], nnx.Module],
+    build: Build,
     train_step: TrainStep,
     evaluate: Evaluate,
     *,
@@ -133,7 +150,7 @@ def fit(
 
     Args:
       kind: "tokenizer", "lam" or "world"; with `model_cfg`, what `config.json` says.
-      build: Makes the model.
+      build: Makes the model, to be computed in a way that is given.
       train_step: (state, batch, key) to (state, metrics); its metrics include `loss`, `grad_norm`, `param_norm`.
       evaluate: (model, batch, key) to (metrics, videos (R, T, H, W, C) in [0, 1] to show above each other).
       trainable: nnx filter of the parameters that gradients train.
@@ -161,7 +178,7 @@ def fit(
 
         stream = stack.enter_context(closing(read(cfg, mesh, train, cfg.seed, first_step, cfg.num_workers)))
         batch = next(stream)
-        step_fn, compiled_in = compile_step(cfg, mesh, train_step, state, batch)
+        state, step_fn, compiled_in = fitting_step(cfg, mesh, train_step, state, batch, build)
         if is_main:
             print(compiled_in, flush=True)
         validate = Validation(cfg, mesh, evaluate, val)
@@ -198,13 +215,13 @@ def restore_or_make(
     cfg: TrainConfig,
     mesh: Mesh,
     checkpoints: Checkpoints,
-    build: Callable[[nnx.Rngs], nnx.Module],
+    build: Build,
     trainable: Any,
     initialise: Callable[[Any], None],
 ) -> tuple[TrainState, int]:
     """The state of the latest checkpoint, or a new one, on the mesh; and the number of steps that it has behind it."""
     optimizer = make_optimizer(cfg, cfg.num_steps)
-    create = lambda: TrainState.create(build(nnx.Rngs(cfg.seed)), trainable, optimizer, cfg.ema_decay > 0)
+    create = lambda: TrainState.create(build(nnx.Rngs(cfg.seed), cfg.compute), trainable, optimizer, cfg.ema_decay > 0)
     abstract = jax.eval_shape(create)
     restored = checkpoints.restore(abstract, mesh)
     if restored:
@@ -212,7 +229,7 @@ def restore_or_make(
         return state, meta["step"]
     shardings = state_sharding(mesh, abstract)
     state = jax.jit(create, out_shardings=shardings)()
-    model = state.model()
+    model = nnx.merge(state.graphdef, *whole_here((state.params, state.rest)))
     initialise(model)
     if cfg.init_from:
         told = begin_with(cfg.init_from, model, state.params.keys())
@@ -221,42 +238,17 @@ def restore_or_make(
     params, rest = state.split(nnx.state(model))
     # Nothing has been trained yet: a moving average starts from what is there.
     ema = None if state.ema is None else jax.tree.map(jnp.copy, state.averaged(params, rest))
-    return jax.device_put(dataclasses.replace(state, params=params, rest=rest, ema=ema), shardings), 0
+    return spread(dataclasses.replace(state, params=params, rest=rest, ema=ema), shardings), 0
 
 
 def read(
     cfg: TrainConfig, mesh: Mesh, source: Source, seed: int, first: int, num_workers: int
 ) -> Generator[Batch, None, None]:
     """Batches from number `first` on, on the devices of the mesh."""
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    stream = batches(source, cfg.batch_size, seed, start=first, num_workers=num_workers, **processes)
-    return to_device(stream, batch_sharding(mesh))
-
-
-def compile_step(
-    cfg: TrainConfig, mesh: Mesh, train_step: TrainStep, state: TrainState, batch: Batch
-) -> tuple[Callable[..., Any], str]:
-    """Compiles the step once, for shapes and shardings that never change; also says how long it took and what it needs.
-
-    The result takes (state, batch, number of the step, from 0), and gives up the state's memory to the next one.
-    """
-    root = jax.random.key(cfg.seed)
-
-    def whole_step(state: TrainState, batch: Batch, step: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, metrics = train_step(state, batch, jax.random.fold_in(root, step))
-        return state.move_average(cfg.ema_decay), metrics
-
-    step_fn = jax.jit(
-        whole_step,
-        donate_argnums=() if cfg.debug_nans else 0,
-        out_shardings=(state_sharding(mesh, state), None),
-    )
-    began = time.monotonic()
-    compiled: Any = step_fn.lower(state, batch, np.int32(0)).compile()
-    told = _memory(compiled, time.monotonic() - began)
-    # With --debug_nans, the jitted function is run again after a NaN, operation by operation. The flag that `start` set
-    # may be lost in this thread, for JAX forgets its check when a library turns it off for a while.
-    return (jax.debug_nans(True)(step_fn) if cfg.debug_nans else compiled), told
+    sharding = batch_sharding(mesh)
+    rows = own_rows(sharding, cfg.batch_size)
+    stream = batches(source, cfg.batch_size, seed, start=first, num_workers=num_workers, rows=rows)
+    return to_device(stream, sharding, rows, cfg.batch_size)
 
 
 class Validation:
@@ -265,8 +257,13 @@ class Validation:
     def __init__(self, cfg: TrainConfig, mesh: Mesh, evaluate: Evaluate, source: Source):
         self.cfg, self.mesh, self.source = cfg, mesh, source
         root = jax.random.key(cfg.seed)
+
+        def on_mesh(state: TrainState, batch: Batch, i: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+            with use_abstract_mesh(mesh.abstract_mesh):
+                return evaluate(state.best_model(), batch, jax.random.fold_in(root, i))
+
         self.evaluate = jax.jit(
-            lambda state, batch, i: evaluate(state.best_model(), batch, jax.random.fold_in(root, i)),
+            on_mesh,
             out_shardings=NamedSharding(mesh, PartitionSpec()),  # whole in every process, to be looked at
         )
 
@@ -318,18 +315,6 @@ def _describe(cfg: TrainConfig, state: TrainState, first_step: int) -> str:
         f"{jax.device_count()} {jax.devices()[0].device_kind} in {jax.process_count()} process(es); "
         f"{cfg.schedule} schedule, warm-up {warmup} and decay {decay} of {cfg.num_steps} steps"
     )
-
-
-def _memory(compiled: Any, seconds: float) -> str:
-    sizes = compiled.memory_analysis()
-    kinds = {
-        "state": sizes.alias_size_in_bytes,
-        "inputs": sizes.argument_size_in_bytes - sizes.alias_size_in_bytes,
-        "activations": sizes.temp_size_in_bytes,
-        "offloaded": sizes.host_temp_size_in_bytes,
-    }
-    text = ", ".join(f"{name} {size / 2**20:,.2f} MiB" for name, size in kinds.items())
-    return f"step compiled in {seconds:.1f} s; memory per device: {text}"
 
 
 def _writers(cfg: TrainConfig, kind: str, folder: Path, first_step: int, model_cfg: Any) -> Writers:
