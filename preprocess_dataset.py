@@ -14,7 +14,7 @@ from pathlib import Path
 from models.errors import InputError
 from sources.convert import ConversionOptions, convert
 from utils.cli import run
-from utils.records import SPLITS, Metadata
+from utils.records import SPLITS, Metadata, read_metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Config(ConversionOptions):
 def main(config: Config) -> None:
     config.check()
     if already_done(config):
-        print(f"{config.output_dir} already holds a dataset and {config.input_dir} does not exist: nothing to convert")
+        clips = sum(shard.count() for shards in read_metadata(config.output_dir).splits.values() for shard in shards)
+        missing = f"{config.input_dir} does not exist, so there is nothing to convert"
+        print(f"{config.output_dir} is ready to train on ({clips} clips); {missing}")
         return
     report(config, convert(config, config.output_dir, config.num_workers))
 
@@ -46,9 +48,8 @@ def already_done(config: Config) -> bool:
     """Whether the script runs as written after generate_dataset.py, which leaves nothing to convert."""
     default = Config()
     paths_given = (config.input_dir, config.output_dir) != (default.input_dir, default.output_dir)
-    return (
-        not paths_given and not Path(config.input_dir).exists() and Path(config.output_dir, "metadata.json").is_file()
-    )
+    written = Path(config.output_dir, "metadata.json").is_file()
+    return not paths_given and written and not Path(config.input_dir).exists()
 
 
 def report(config: Config, metadata: Metadata) -> None:

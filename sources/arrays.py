@@ -2,7 +2,8 @@
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from models.errors import InputError
+from sources.actions import as_actions, columns_of, per_frame
 from sources.kind import Episode, Header, Kind, episode_starts, files_ending, separated
+from utils.actions import ActionColumn
 
 ARRAY_SUFFIXES = (".npy", ".npz")
+BESIDE_VIDEO = ".action.npy"  # holds the actions of a video of that name, and no frames
 # What the arrays of an .npz are called, in order of preference: by Gymnasium, D4RL, Dreamer and others.
 FRAME_KEYS = ("frames", "observations", "video", "arr_0")
 ACTION_KEYS = ("actions", "action")
@@ -22,7 +26,6 @@ LAST_KEYS = (  # true where an episode ends with this frame
     *("truncated", "truncations", "timeouts", "is_last", "is_terminal"),
 )
 FIRST_KEYS = ("is_first",)  # true where one starts with it
-MAX_ACTIONS = 4096  # a larger number in `actions` is not the index of a discrete action
 
 # What reading a damaged .npy or .npz raises.
 _DAMAGED = (
@@ -48,7 +51,8 @@ class Arrays(Kind):
         if "metadata.npy" in names:
             path = folder / "metadata.npy"
             print(f"{path}: not read; Jafar keeps a pickle there, which could run code, and it is not needed")
-        return files_ending(ARRAY_SUFFIXES, folder, [name for name in names if name != "metadata.npy"])
+        others = [name for name in names if name != "metadata.npy" and not name.lower().endswith(BESIDE_VIDEO)]
+        return files_ending(ARRAY_SUFFIXES, folder, others)
 
     def header(self, path: Path) -> Header:
         key, names = _frames_key(path)
@@ -56,27 +60,26 @@ class Arrays(Kind):
         action, reward = _first_of(ACTION_KEYS, names), _first_of(REWARD_KEYS, names)
         unused = sorted(names - {key, action, reward, *LAST_KEYS, *FIRST_KEYS})
         remarks = (f"hold {', '.join(unused)}, which is not used",) if unused else ()
-        return Header(num_frames, height, width, has_actions=action is not None, remarks=remarks)
+        columns: tuple[ActionColumn, ...] = ()
+        if action:
+            given = _read(path, names & {action, *LAST_KEYS, *FIRST_KEYS})
+            columns = columns_of(as_actions(f"{path}: {action}", given[action], _starts(path, given, num_frames)))
+        return Header(num_frames, height, width, has_actions=action is not None, remarks=remarks, columns=columns)
 
     def open(self, path: Path, fps: Fraction) -> Episode:
         """Opens an episode: a .npy is mapped, an .npz is read at once."""
         key, names = _frames_key(path)
         num_frames = _array_shape(path, key)[0]
         action, reward = _first_of(ACTION_KEYS, names), _first_of(REWARD_KEYS, names)
-        starts = set(episode_starts(path))
-        try:
-            if key is None:
+        if key is None:
+            with _readable(path):
                 frames = np.load(path, mmap_mode="r", allow_pickle=False)
-                return Episode(separated(_rgb_frames(path, frames), sorted(starts)))
-            wanted = {key, action, reward, *LAST_KEYS, *FIRST_KEYS} & names
-            with np.load(path, allow_pickle=False) as archive:
-                given = {name: archive[name] for name in wanted if name}
-        except _DAMAGED as error:
-            raise InputError(f"{path}: cannot be read ({error})") from error
-        for name in given.keys() & {*LAST_KEYS, *FIRST_KEYS}:
-            marked = np.flatnonzero(_per_frame(path, name, given[name], num_frames))
-            starts |= set((marked + 1 if name in LAST_KEYS else marked).tolist())
-        actions = _discrete(path, action, given[action], num_frames, starts) if action else None
+            return Episode(separated(_rgb_frames(path, frames), episode_starts(path)))
+        given = _read(path, names & {key, action, reward, *LAST_KEYS, *FIRST_KEYS})
+        starts = _starts(path, given, num_frames)
+        actions = None
+        if action:
+            actions = per_frame(f"{path}: {action}", as_actions(f"{path}: {action}", given[action], starts), num_frames)
         rewards = _per_frame(path, reward, given[reward], num_frames) if reward else None
         short = {
             "actions": actions is not None and len(given[action]) < num_frames,  # type: ignore[index]
@@ -94,29 +97,28 @@ def _first_of(keys: Sequence[str], names: set[str]) -> str | None:
     return next((key for key in keys if key in names), None)
 
 
-def _discrete(path: Path, name: str, values: np.ndarray, num_frames: int, starts: set[int]) -> np.ndarray:
-    """Actions (T,) or (T, 1), whole numbers, or (T, A), one-hot, as int32 from 0.
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Says what cannot be read."""
+    try:
+        yield
+    except _DAMAGED as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
 
-    Args:
-      starts: Frames with which an episode starts; in Dreamer's files the action that led there is a row of zeros.
-    """
-    if values.ndim == 2 and values.shape[1] > 1 and values.dtype.kind in "iufb":
-        is_none = np.logical_not(values.any(axis=1, keepdims=True))[:, 0]
-        is_none[[0, *(start for start in starts if start < len(values))]] = False
-        one_hot = np.isin(values, (0, 1)).all() and (values.sum(axis=1) <= 1).all() and not is_none.any()
-        if not one_hot:
-            raise InputError(
-                f"{path}: {name} have shape {values.shape} and are not one-hot; expected one discrete action per frame"
-            )
-        values = values.argmax(axis=1)
-    actions = _per_frame(path, name, values, num_frames)
-    whole = actions.dtype.kind in "iub" or (np.isfinite(actions).all() and (actions == np.rint(actions)).all())
-    if not (whole and actions.min() >= 0 and actions.max() < MAX_ACTIONS):
-        raise InputError(
-            f"{path}: {name} are {actions.dtype} from {actions.min()} to {actions.max()}; expected whole "
-            f"numbers from 0 to {MAX_ACTIONS - 1}, one for each discrete action"
-        )
-    return actions.astype(np.int32)
+
+def _read(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Some of the arrays of an .npz."""
+    with _readable(path), np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in names}
+
+
+def _starts(path: Path, given: dict[str, np.ndarray], num_frames: int) -> set[int]:
+    """The frames with which an episode starts, by a list beside the file and by what the arrays mark."""
+    starts = set(episode_starts(path))
+    for name in given.keys() & {*LAST_KEYS, *FIRST_KEYS}:
+        marked = np.flatnonzero(_per_frame(path, name, given[name], num_frames))
+        starts |= set((marked + 1 if name in LAST_KEYS else marked).tolist())
+    return starts
 
 
 def _frames_key(path: Path) -> tuple[str | None, set[str]]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models.errors import InputError
+from sources.actions import Seen, Space, seen
 from sources.kind import DamageError, Kind, naming
 from utils.records import Clip, Shard, write_shard
 from utils.video import resize
@@ -29,6 +30,7 @@ class Source:
 class Form(NamedTuple):
     """What all clips of the dataset have in common, and how episodes become clips.
 
+    actions: None where the dataset has no actions.
     actions_lead_to: Whether sources give with a frame the action that led to it, not the one that leads on.
     """
 
@@ -36,7 +38,7 @@ class Form(NamedTuple):
     width: int
     resizes: bool
     fps: Fraction
-    has_actions: bool
+    actions: Space | None
     actions_lead_to: bool
     clip_length: int
     min_clip_length: int
@@ -58,7 +60,7 @@ class Task(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """What became of a task: its shards, the number of actions seen, and what went wrong.
+    """What became of a task: its shards, what was seen of actions, and what went wrong.
 
     skipped: The reasons for skipping sources.
     damaged: Of which sources the end was left out, and why.
@@ -67,7 +69,7 @@ class Converted(NamedTuple):
     shards: list[Shard]
     skipped: list[str]
     damaged: list[str]
-    num_actions: int
+    seen: Seen
 
 
 def convert_task(task: Task) -> Converted:
@@ -79,7 +81,7 @@ def convert_task(task: Task) -> Converted:
     skipped: list[str] = []
     damaged: list[str] = []
     finished: list[Clip] = []  # of sources that have been read to their end
-    num_actions = 0
+    all_seen = Seen()
 
     def write(clips: list[Clip]) -> None:
         file = f"{task.split}/task-{task.number:05d}-{len(shards):05d}.array_record"
@@ -90,12 +92,11 @@ def convert_task(task: Task) -> Converted:
     for source in task.sources:
         clips: list[Clip] = []
         notes: list[str] = []
-        num_own_shards = largest_action = 0
+        num_own_shards, own_seen = 0, Seen()
         try:
             for clip in read_clips(source, task.form, None if task.strict else notes):
                 clips.append(clip)
-                if clip.actions_T is not None:
-                    largest_action = max(largest_action, int(clip.actions_T.max()))
+                own_seen = own_seen.plus(seen(clip.actions_T))
                 if len(finished) + len(clips) < clips_per_shard:
                     continue
                 # Until a source has been read to its end, its clips share no shard with those of others.
@@ -113,10 +114,10 @@ def convert_task(task: Task) -> Converted:
         else:
             finished += clips
             damaged += notes
-            num_actions = max(num_actions, largest_action + 1)
+            all_seen = all_seen.plus(own_seen)
     if finished:
         write(finished)
-    return Converted(shards, skipped, damaged, num_actions)
+    return Converted(shards, skipped, damaged, all_seen)
 
 
 def read_clips(source: Source, form: Form, damaged: list[str] | None = None) -> Iterator[Clip]:
@@ -130,7 +131,12 @@ def read_clips(source: Source, form: Form, damaged: list[str] | None = None) -> 
     """
     with naming(source.path):
         episode = source.kind.open(source.path, form.fps)
-    actions = _aligned(episode.actions_T, form, "actions" in episode.between) if form.has_actions else None
+    actions = None
+    if form.actions is not None:
+        actions = _aligned(episode.actions_T, form, "actions" in episode.between)
+        if actions is None:
+            raise InputError(f"{source.path}: has no actions, though it should")
+        form.actions.check(str(source.path), actions)
     rewards = _aligned(episode.rewards_T, form, "rewards" in episode.between)
     frames: list[np.ndarray] = []
     count = 0
@@ -190,7 +196,7 @@ def _aligned(values: np.ndarray | None, form: Form, are_between: bool) -> np.nda
     """Values such that those at t belong to the step from frame t to t + 1; the last one's is 0 where it is unknown."""
     if values is None or are_between or not form.actions_lead_to:
         return values
-    return np.append(values[1:], values.dtype.type(0))
+    return np.concatenate([values[1:], np.zeros_like(values[:1])])
 
 
 def too_short(source: Source, num_frames: int, min_clip_length: int) -> str:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from models.errors import InputError
 from sources import workers
+from sources.actions import Seen, Space, described, space_of
 from sources.clips import Form, Source, Task, convert_task, too_short, wrong_size
 from sources.find import find_sources, split_sources
 from sources.kind import Header, naming
@@ -59,23 +60,25 @@ def convert(options: ConversionOptions, output_dir: str | Path, num_workers: int
     headers = read_headers(sources, options, num_workers, skipped)
     form = choose_form(headers, options, skipped)
     tell_remarks(headers, options.strict)
-    splits = split_sources(list(headers), options.val_fraction, options.test_fraction, options.seed, options.group)
+    splits = divide(headers, options)
 
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
     partial.mkdir(parents=True)
     try:
         tasks = make_tasks(partial, splits, headers, form, options.strict)
-        shards, num_actions = run_tasks(tasks, num_workers, skipped)
+        shards, everywhere, trained_on = run_tasks(tasks, num_workers, skipped)
         if not any(shards.values()):
             raise InputError(f"`input_dir` {options.input_dir}: none of its {len(sources)} sources can be used")
+        actions = described(form.actions, everywhere, trained_on) if form.actions is not None else Space()
         metadata = Metadata(
             environment=options.environment or Path(options.input_dir).resolve().name,
             frame_shape=(form.height, form.width, 3),
             fps=float(form.fps),
-            action_names=tuple(map(str, range(num_actions))) if form.has_actions else None,
+            action_names=actions.names,
             splits=shards,
             made_by=_made_by(options, len(sources), len(skipped)),
+            action_columns=actions.columns,
         )
         write_metadata(partial, metadata)
         os.replace(partial, output)
@@ -114,7 +117,7 @@ def read_headers(
 
 
 def choose_form(headers: dict[Source, Header], options: ConversionOptions, skipped: list[str]) -> Form:
-    """Settles size, rate and actions; drops sources of another size from `headers`."""
+    """Settles size, rate and actions; drops sources that differ from `headers`."""
     if options.height and options.width:
         height, width = options.height, options.width
     else:
@@ -133,8 +136,26 @@ def choose_form(headers: dict[Source, Header], options: ConversionOptions, skipp
     others = sum(rates.values()) - rates[fps]
     resampled = f"; {others} of {sum(rates.values())} have another rate and are resampled" if others else ""
     _tell(f"frames of {height}×{width}, {float(fps):g} per second{resampled}")
+    return Form(
+        height=height,
+        width=width,
+        resizes=options.height is not None,
+        fps=fps,
+        actions=choose_actions(headers, fps, options, skipped),
+        actions_lead_to=options.actions_lead_to,
+        clip_length=options.clip_length,
+        min_clip_length=options.min_clip_length,
+    )
+
+
+def choose_actions(
+    headers: dict[Source, Header], fps: Fraction, options: ConversionOptions, skipped: list[str]
+) -> Space | None:
+    """Settles what the actions are, None for none; drops sources with others, or with none, from `headers`."""
     without = [source for source in headers if not headers[source].has_actions]
-    if 0 < len(without) < len(headers):
+    if len(without) == len(headers):
+        return None
+    if without:
         message = f"{len(without)} of {len(headers)} sources have no actions, for instance {without[0].path}"
         if not options.drop_without_actions:
             raise InputError(
@@ -143,16 +164,38 @@ def choose_form(headers: dict[Source, Header], options: ConversionOptions, skipp
         _tell(f"{message}: left out")
         for source in without:
             del headers[source]
-    return Form(
-        height=height,
-        width=width,
-        resizes=options.height is not None,
-        fps=fps,
-        has_actions=all(header.has_actions for header in headers.values()),
-        actions_lead_to=options.actions_lead_to,
-        clip_length=options.clip_length,
-        min_clip_length=options.min_clip_length,
-    )
+    space = _most(Counter(map(space_of, headers.values())))
+    for source, header in list(headers.items()):
+        own = space_of(header)
+        if own != space:
+            reason = f"its actions are {own}; those of most sources {space}"
+        elif header.fps and header.fps != fps:
+            rate = f"each of its {float(header.fps):g} frames per second has an action"
+            if options.fps:
+                raise InputError(f"`fps` {options.fps:g}: {source.path}: {rate}; leave it out")
+            reason = f"{rate}, the dataset has {float(fps):g}"
+        else:
+            continue
+        _skip(f"{source.path}: {reason}", skipped, options.strict)
+        del headers[source]
+    if space.columns:
+        _tell(f"actions of {space}")
+    return space
+
+
+def divide(headers: dict[Source, Header], options: ConversionOptions) -> dict[str, list[Source]]:
+    """The sources of each split: as their publisher has divided them, if there is one for training and one for
+    validation; others by a hash of their names.
+    """
+    given = {header.split for header in headers.values()}
+    headers = dict(headers) if {"train", "val"} <= given else {s: h._replace(split=None) for s, h in headers.items()}
+    others = [source for source, header in headers.items() if not header.split]
+    shares = options.val_fraction, options.test_fraction
+    splits = split_sources(others, *shares, options.seed, options.group) if others else {split: [] for split in SPLITS}
+    return {
+        split: [*(source for source, header in headers.items() if header.split == split), *splits[split]]
+        for split in SPLITS
+    }
 
 
 def _most(counts: Counter[Any]) -> Any:
@@ -193,14 +236,17 @@ def make_tasks(
     return tasks
 
 
-def run_tasks(tasks: Sequence[Task], num_workers: int, skipped: list[str]) -> tuple[dict[str, tuple[Shard, ...]], int]:
+def run_tasks(
+    tasks: Sequence[Task], num_workers: int, skipped: list[str]
+) -> tuple[dict[str, tuple[Shard, ...]], Seen, Seen]:
     """Runs the tasks and gathers their shards, in order.
 
     Returns:
-      Shards of each split, under their final names, and the number of actions.
+      Shards of each split, under their final names, and what was seen of actions: everywhere, and in training.
     """
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-    num_actions = done = 0
+    everywhere = trained_on = Seen()
+    done = 0
     total = sum(len(task.sources) for task in tasks)
     told = time.monotonic()
     with (
@@ -217,13 +263,15 @@ def run_tasks(tasks: Sequence[Task], num_workers: int, skipped: list[str]) -> tu
                 name = f"{task.split}/{len(shards[task.split]):05d}.array_record"
                 os.replace(task.folder / shard.file, task.folder / name)
                 shards[task.split].append(Shard(name, shard.lengths))
-            num_actions = max(num_actions, converted.num_actions)
+            everywhere = everywhere.plus(converted.seen)
+            if task.split == "train":
+                trained_on = trained_on.plus(converted.seen)
             done += len(task.sources)
             bar.update(len(task.sources))
             if bar.disable and time.monotonic() - told > 10:  # a log file gets lines, not a bar
                 told = time.monotonic()
                 print(f"{done} of {total} files", flush=True)
-    return {split: tuple(shards[split]) for split in SPLITS}, num_actions
+    return {split: tuple(shards[split]) for split in SPLITS}, everywhere, trained_on
 
 
 def _skip(reason: str, skipped: list[str], strict: bool) -> None:

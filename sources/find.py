@@ -4,22 +4,23 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from models.errors import InputError
 from sources.clips import Source
-from sources.kind import STARTS_SUFFIX, natural
+from sources.kind import STARTS_SUFFIX, Kind, Told, natural
 from sources.options import ConversionOptions
 from sources.registry import KINDS
-from utils.records import SPLITS
+from utils.records import SPLITS, read_metadata
 
 
 def find_sources(options: ConversionOptions) -> tuple[list[Source], Counter[str]]:
     """The episodes in the input folder, in natural order (2 before 10), and the files passed over, by suffix.
 
     Raises:
-      InputError: There is no such folder, nothing in it, or more than one kind and no choice of `source`.
+      InputError: There is no such folder, nothing in it, or more than one kind and no choice of `source`; or what is
+        there cannot be read at all, for instance for lack of a package.
     """
     root = Path(options.input_dir)
     remedy = (
@@ -28,8 +29,45 @@ def find_sources(options: ConversionOptions) -> tuple[list[Source], Counter[str]
     )
     if not root.is_dir():
         raise InputError(f"`input_dir` {root}: no such folder; {remedy}")
-    found: dict[str, list[Source]] = {name: [] for name in KINDS}
+    if is_dataset(root):
+        raise InputError(f"`input_dir` {root}: is a dataset already, ready to train on (the trainings' --data_dir)")
+    told = Told(options.height, options.width, options.camera)
+    asked = KINDS if options.source == "auto" else {options.source: KINDS[options.source]}
+    found: dict[Kind, list[Source]] = {kind.told(told): [] for kind in asked.values()}
     files: list[Path] = []
+    for folder, folders, names in _walk(root):
+        owned = _detect(root, folder, names, found)
+        if owned:
+            folders.clear()
+        else:
+            files += [folder / name for name in names if not name.endswith(STARTS_SUFFIX)]
+    kinds = [kind for kind in found if found[kind]]
+    if len(kinds) > 1:
+        counts = ", ".join(f"{len(found[kind])} {kind.name}" for kind in kinds)
+        raise InputError(f"`input_dir` {root}: holds several kinds of sources ({counts}); choose one with `source`")
+    if not kinds:
+        raise InputError(f"`input_dir` {root}: nothing to read (`source` {options.source}); {remedy}")
+    (kind,) = kinds
+    if kind.knows_steps and options.actions_lead_to:
+        raise InputError(f"`actions_lead_to`: {kind.plural} say which frame an action leads from; leave it out")
+    kind.check()
+    read = {source.path for source in found[kind]}
+    others = [file for file in files if file not in read and not file.name.lower().endswith(tuple(kind.suffixes))]
+    passed_over = Counter(file.suffix.lower() or "without a suffix" for file in others)
+    return sorted(found[kind], key=lambda source: natural(source.name)), passed_over
+
+
+def is_dataset(folder: str | Path) -> bool:
+    """Whether a folder holds a dataset of clips, which needs no conversion."""
+    try:
+        read_metadata(folder)
+    except InputError:
+        return False
+    return True
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """As os.walk, with what links lead to, each folder once, and without what is hidden."""
     seen: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -38,22 +76,23 @@ def find_sources(options: ConversionOptions) -> tuple[list[Source], Counter[str]
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in names if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.endswith(STARTS_SUFFIX)]
-        for kind in KINDS.values():
-            paths = kind.detect(Path(folder), names)
-            found[kind.name] += [Source(_printable(path.relative_to(root)), path, kind) for path in paths]
-    kinds = [name for name in found if found[name]] if options.source == "auto" else [options.source]
-    if len(kinds) > 1:
-        counts = ", ".join(f"{len(found[name])} {name}" for name in kinds)
-        raise InputError(f"`input_dir` {root}: holds several kinds of sources ({counts}); choose one with `source`")
-    sources = found[kinds[0]] if kinds else []
-    if not sources:
-        raise InputError(f"`input_dir` {root}: nothing to read (`source` {options.source}); {remedy}")
-    read, suffixes = {source.path for source in sources}, KINDS[kinds[0]].suffixes
-    others = [file for file in files if file not in read and file.suffix.lower() not in suffixes]
-    passed_over = Counter(file.suffix.lower() or "without a suffix" for file in others)
-    return sorted(sources, key=lambda source: natural(source.name)), passed_over
+        yield Path(folder), folders, [name for name in names if not name.startswith(".")]
+
+
+def _detect(root: Path, folder: Path, names: list[str], found: dict[Kind, list[Source]]) -> bool:
+    """Asks each kind for the episodes in a folder. A kind is not offered what an earlier one has taken.
+
+    Returns:
+      Whether all that lies below belongs to the kind that was found.
+    """
+    for kind, sources in found.items():
+        paths = kind.detect(folder, names)
+        sources += [Source(_printable(path.relative_to(root)), path, kind) for path in paths]
+        if paths and kind.owns_folder:
+            return True
+        taken = {path.name for path in paths}
+        names = [name for name in names if name not in taken]
+    return False
 
 
 def _printable(path: Path) -> str:

@@ -15,19 +15,22 @@ class ConversionOptions:
     input_dir: str = "data/coinrun_episodes"
     """Folder to read, with its sub-folders and what links lead to. Each file is one episode: videos (.mp4 .m4v .avi
     .webm .mkv .mov .ts .gif); .npy with frames (T, H, W, C), uint8 or floats in [0, 1]; .npz with frames under
-    `frames`, `observations`, `video` or `arr_0` and, if you have them, `actions` (whole numbers or one-hot rows;
-    actions[t] leads from frame t to frame t + 1), `rewards` (earned by the action at t), and what ends an episode with
-    frame t (`dones`, `terminated`, `truncated`, `is_last`, ...) or begins one (`is_first`). Actions and rewards may
-    lack the last frame's (then 0). A folder of pictures (.png .jpg .webp .bmp), in the order of their numbers, is one
-    episode too. Where one file holds several episodes, NAME.episodes.json beside it lists their first frames."""
+    `frames`, `observations`, `video` or `arr_0` and, if you have them, `actions` (whole numbers, one-hot rows, or rows
+    of several numbers; actions[t] leads from frame t to frame t + 1), `rewards` (earned by the action at t), and what
+    ends an episode with frame t (`dones`, `terminated`, `truncated`, `is_last`, ...) or begins one (`is_first`).
+    Actions and rewards may lack the last frame's (then 0). A folder of pictures (.png .jpg .webp .bmp), in the order of
+    their numbers, is one episode too. Where one file holds several episodes, NAME.episodes.json beside it lists their
+    first frames."""
     source: Literal["auto", *KINDS] = "auto"  # type: ignore[valid-type]
-    """What to read from the input folder: arrays (.npy and .npz), videos or folders of images; auto takes what is
-    there."""
+    """What to read from the input folder: arrays (.npy and .npz), videos, folders of images, or what other projects
+    publish (docs/data.md); auto takes what is there."""
     height: int | None = None
     """Resize frames to this height, together with --width; pictures are stretched. Without it all files must have
     frames of one size, that of most of them."""
     width: int | None = None
-    """Resize frames to this width."""
+    """Resize frames to this width. Of Jasmine's records, --height and --width are the size that the frames have."""
+    camera: str = ""
+    """Which one to take where an episode has several views: cameras (LeRobot), observations (Minari)."""
     fps: float | None = None
     """Frames per second. Videos are resampled to it, by dropping or repeating frames; by default to the rate of
     most of them. For arrays and images it only says how fast they play; default 15."""

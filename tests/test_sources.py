@@ -434,8 +434,8 @@ def test_actions_of_other_types_and_what_is_not_used(source, config, capsys):
     for clip in clips.values():
         np.testing.assert_array_equal(clip.actions_T, actions)
     said = capsys.readouterr().err
-    assert "1 of 3 arrays: hold depth, which is not used" in said
-    assert "bad.npz: actions have shape (12, 3) and are not one-hot" in said
+    assert "1 of 2 arrays: hold depth, which is not used" in said
+    assert "bad.npz: its actions are 3 columns: 0 (real), 1 (real), 2 (real); those of most sources one integer" in said
 
 
 def test_actions_that_lead_to_their_frame_are_moved(source, config):

@@ -36,7 +36,12 @@ class TrueActions:
     trainable = nnx.All(nnx.Param, nnx.PathContains("dynamics"))
 
     def num_actions(self, metadata: Metadata) -> int:
-        """Raises InputError where the dataset has none."""
+        """Raises InputError where the dataset has none, or more than one integer."""
+        if metadata.action_columns:
+            raise InputError(
+                f"`use_gt_actions`: the dataset's actions have {len(metadata.action_columns)} columns, a world of true "
+                "actions takes one integer; train a LAM instead"
+            )
         if not metadata.action_names:
             raise InputError("`use_gt_actions`: the dataset has no actions; train a LAM instead")
         return metadata.num_actions

@@ -23,7 +23,8 @@ class Batch(NamedTuple):
     """A batch of clips, cut to the same length.
 
     frames_BTHWC: uint8; None from a token dataset whose tokens say all.
-    actions_BT: int32, `actions_BT[:, t]` leads from frame t to t + 1; None where the dataset has no actions.
+    actions_BT: `actions_BT[:, t]` leads from frame t to t + 1; None where the dataset has no actions. int32 (B, T), or
+      beyond one integer (B, T, A), int32 or float32; the columns are those of `Metadata.action_columns`.
     tokens_BTN: uint16; None from a dataset of frames.
     latent_actions_BT: uint8, aligned like `actions_BT`.
     """
@@ -137,7 +138,10 @@ class ClipSource:
         if self.metadata.tokens:
             return self._tokens(clips)
         frames = np.empty((len(clips), self.seq_len, *self.metadata.frame_shape), np.uint8)
-        actions = np.empty((len(clips), self.seq_len), np.int32) if self.metadata.action_names else None
+        actions = None
+        if self.metadata.has_actions:
+            shape = (len(clips), self.seq_len, *self.metadata.action_shape)
+            actions = np.empty(shape, self.metadata.action_dtype)
         for i, (clip, position) in enumerate(zip(clips, positions, strict=True)):
             found = None if clip.frames_THWC is None else clip.frames_THWC.shape[1:]
             if found != self.metadata.frame_shape:
@@ -148,8 +152,9 @@ class ClipSource:
             start = int(position * (len(clip) - self.seq_len + 1))
             frames[i] = clip.frames_THWC[start : start + self.seq_len]  # type: ignore[index]
             if actions is not None:
-                if clip.actions_T is None:
-                    raise InputError(f"{self.folder}/{self.split}: clip {clip.clip_id} has no actions; generate again")
+                if clip.actions_T is None or clip.actions_T.shape[1:] != self.metadata.action_shape:
+                    held = "no actions" if clip.actions_T is None else "actions unlike those of the metadata"
+                    raise InputError(f"{self.folder}/{self.split}: clip {clip.clip_id} has {held}; generate again")
                 actions[i] = clip.actions_T[start : start + self.seq_len]
         return Batch(frames, actions)
 
@@ -162,7 +167,7 @@ class ClipSource:
 
         return Batch(
             frames_BTHWC=stack("frames_THWC", np.uint8),
-            actions_BT=stack("actions_T", np.int32),
+            actions_BT=stack("actions_T", self.metadata.action_dtype),
             tokens_BTN=stack("tokens_TN", np.uint16),
             latent_actions_BT=stack("latent_actions_T", np.uint8),
         )

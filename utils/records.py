@@ -23,6 +23,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from models.errors import InputError
+from utils.actions import ActionColumn, column_from
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -31,13 +32,16 @@ SPLITS = ("train", "val", "test")
 COINRUN_SAME_ACTIONS = {"LEFT+DOWN": "LEFT", "DOWN": "NONE", "RIGHT+DOWN": "RIGHT"} | dict.fromkeys("DAWSQE", "NONE")
 COINRUN_IDLE_ACTION = "NONE"
 
+_ACTION_DTYPES = ("<i4", "<f4")  # of discrete and of real actions
+
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """Consecutive frames of one episode, or their tokens.
 
     frames_THWC: uint8; None in a token dataset whose tokens say all (see `TokenInfo`).
-    actions_T: int32 or None; `actions_T[t]` leads from frame t to frame t + 1 (the last one leads out of the clip).
+    actions_T: None, or the actions; `actions_T[t]` leads from frame t to frame t + 1 (the last one leads out of the
+      clip). int32 (T,); beyond one integer (T, A): int32 if all columns are discrete, else float32 (`ActionColumn`).
     rewards_T: float32 or None; `rewards_T[t]` was earned by `actions_T[t]`.
     level_seed: The level of the environment, or None.
     clip_id: Unique in its dataset.
@@ -71,8 +75,12 @@ def encode_clip(clip: Clip) -> bytes:
     if tokens is not None:
         kept = {} if frames is None else {"frames_shape": frames.shape}
         record |= {"shape": tokens.shape, "dtype": "<u2", "tokens": np.asarray(tokens, "<u2").tobytes()} | kept
+    action_dtype = _ACTION_DTYPES[0]
+    if clip.actions_T is not None and clip.actions_T.ndim == 2:
+        action_dtype = _ACTION_DTYPES[clip.actions_T.dtype.kind == "f"]
+        record |= {"action_dtype": action_dtype, "action_columns": clip.actions_T.shape[1]}
     for name, values, dtype in (
-        ("actions", clip.actions_T, "<i4"),
+        ("actions", clip.actions_T, action_dtype),
         ("rewards", clip.rewards_T, "<f4"),
         ("latent_actions", clip.latent_actions_T, "u1"),
     ):
@@ -104,10 +112,15 @@ def decode_clip(record: bytes, source: str = "record") -> Clip:
             raise KeyError("frames")
         if tokens is not None:
             tokens, shape = tokens.reshape(shape), fields.get("frames_shape", shape)
+        if (action_dtype := fields.get("action_dtype", "<i4")) not in _ACTION_DTYPES:
+            raise ValueError(f"actions of type {action_dtype}")
+        actions = array("actions", action_dtype)
+        if actions is not None and "action_columns" in fields:
+            actions = actions.reshape(-1, fields["action_columns"])
         return Clip(
             frames_THWC=None if frames is None else frames.reshape(shape),
             clip_id=fields["clip_id"],
-            actions_T=array("actions", "<i4"),
+            actions_T=actions,
             rewards_T=array("rewards", "<f4"),
             level_seed=fields.get("level_seed"),
             tokens_TN=tokens,
@@ -171,12 +184,13 @@ class Metadata:
     environment: "coinrun", or a name for where the videos come from.
     frame_shape: (height, width, channels) of every frame.
     fps: Frames per second at which the clips play naturally.
-    action_names: Names of the discrete actions, or None for video without actions.
+    action_names: Names of the discrete actions; None for video without actions, and beyond one integer.
     splits: Shards of "train", "val" and "test".
     made_by: Command, arguments, seeds and versions that made the dataset.
     tokens: Of a token dataset; None where there are frames.
     same_actions: Names of actions that always do what another one does, each with the other one's name.
     idle_action: Name of the action that does nothing, or None.
+    action_columns: What the columns of actions beyond one integer mean; empty where there are no such.
     """
 
     environment: str
@@ -188,11 +202,26 @@ class Metadata:
     tokens: TokenInfo | None = None
     same_actions: dict[str, str] = dataclasses.field(default_factory=dict)
     idle_action: str | None = None
+    action_columns: tuple[ActionColumn, ...] = ()
 
     @property
     def num_actions(self) -> int:
-        """Number of true actions, 0 for video without actions."""
+        """Number of true actions, 0 for video without actions, and for actions beyond one integer."""
         return len(self.action_names or ())
+
+    @property
+    def has_actions(self) -> bool:
+        return bool(self.action_names or self.action_columns)
+
+    @property
+    def action_shape(self) -> tuple[int, ...]:
+        """Of a frame's action: () for one integer, else (A,)."""
+        return (len(self.action_columns),) if self.action_columns else ()
+
+    @property
+    def action_dtype(self) -> type[np.generic]:
+        """int32 where all that an action says is discrete, else float32."""
+        return np.float32 if any(column.values is None for column in self.action_columns) else np.int32
 
 
 def write_metadata(folder: str | Path, metadata: Metadata) -> None:
@@ -240,6 +269,7 @@ def read_metadata(folder: str | Path) -> Metadata:
             tokens=TokenInfo(**tokens) if tokens else None,
             same_actions=dict(fields.get("same_actions", {})),
             idle_action=fields.get("idle_action"),
+            action_columns=tuple(map(column_from, fields.get("action_columns", ()))),
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged metadata ({error!r}); generate the data again") from error
