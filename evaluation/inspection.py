@@ -29,6 +29,7 @@ def summarise(metadata: Metadata, scan: Scan, duplicates: Duplicates) -> dict[st
         "frames": int(scan.lengths_N.sum()),
         "splits": {split: _of_split(metadata, scan, scan.of_split(split)) for split in SPLITS},
         "actions": _actions(metadata, scan, splits) if metadata.action_names else None,
+        "columns": _columns(metadata, scan),
         "rewards": _rewards(scan),
         "levels": _levels(scan, splits),
         "duplicates": _duplicates(scan, duplicates, splits),
@@ -81,6 +82,16 @@ def _actions(metadata: Metadata, scan: Scan, splits: list[str]) -> dict[str, Any
         "same_actions": metadata.same_actions,
         "idle_action": metadata.idle_action,
     }
+
+
+def _columns(metadata: Metadata, scan: Scan) -> list[dict[str, Any]]:
+    found = []
+    for column in metadata.action_columns:
+        counts = scan.column_counts.get(column.name, np.zeros(0, int)).tolist()
+        found.append({"name": column.name, "values": column.values, "counts": counts})
+        if not column.values:
+            found[-1] |= {"mean": column.mean, "scale": column.scale}
+    return found
 
 
 def _rewards(scan: Scan) -> dict[str, Any] | None:
@@ -198,7 +209,10 @@ def _of_motion(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _of_actions(summary: Mapping[str, Any]) -> list[str]:
-    actions = summary["actions"]
+    actions, columns = summary["actions"], summary["columns"]
+    fixed = [column["name"] for column in columns if sum(n > 0 for n in column["counts"]) == 1]
+    if fixed:
+        return [f"Columns of actions that never change: {', '.join(fixed)}; --use_gt_actions will not know them."]
     if not actions:
         return []
     found, names = [], actions["names"]

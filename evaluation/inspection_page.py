@@ -11,6 +11,7 @@ from evaluation.duplicates import Duplicates
 from evaluation.measured import Picture
 from evaluation.page import Film, Section, Table
 from evaluation.scan import Place, Scan, read_clips
+from utils.actions import ActionColumn
 from utils.records import SPLITS, Clip, Metadata
 from utils.video import label, resize, strip, upscale
 
@@ -65,13 +66,29 @@ def _texts(clip: Clip, metadata: Metadata, num_frames: int) -> list[str]:
     texts = []
     for t in range(num_frames):
         text = ""
-        if clip.actions_T is not None and names:
+        if clip.actions_T is not None and metadata.action_columns:
+            said = (
+                _said(c, value) for c, value in zip(metadata.action_columns, clip.actions_T[t].tolist(), strict=True)
+            )
+            text = " ".join(filter(None, said))
+        elif clip.actions_T is not None and names:
             action = int(clip.actions_T[t])
             text = names[action] if 0 <= action < len(names) else f"{action}?"
         if clip.rewards_T is not None and clip.rewards_T[t]:
             text += f" {clip.rewards_T[t]:+g}"
         texts.append(text)
     return texts
+
+
+def _said(column: ActionColumn, value: float) -> str:
+    """What one column says, in short: a key that is held by its name, nothing of one that is not."""
+    if not column.values:
+        return f"{column.name} {value:.2g}" if value else ""
+    if not 0 <= value < len(column.values):
+        return f"{column.name} {value:g}?"
+    if len(column.values) == 2:
+        return column.name if value else ""
+    return f"{column.name} {column.values[int(value)]}"
 
 
 def contact_sheet(films: Sequence[Film]) -> np.ndarray:
@@ -135,6 +152,8 @@ def _motion(summary: Summary) -> Section:
 
 def _actions(summary: Summary) -> Section | None:
     actions = summary["actions"]
+    if summary["columns"]:
+        return _columns(summary["columns"])
     if not actions:
         return Section("Actions", "This dataset has none: a latent action model infers them from the frames.", [])
     names = actions["names"]
@@ -150,6 +169,22 @@ def _actions(summary: Summary) -> Section | None:
     text += "may be shifted against the frames, or do little."
     header = ["", "transitions", "pixels changed after it", ""]
     return Section("Actions", text, [Table(header, rows), Bars("Share of the transitions", names, shares)])
+
+
+def _columns(columns: Sequence[Summary]) -> Section:
+    rows = []
+    for column in columns:
+        total, names = max(1, sum(column["counts"])), column["values"]
+        if not names:
+            mean, scale = column["mean"], column["scale"]
+            names = [f"about {mean + k * scale:.3g}" for k in range(-2, 3)]
+        shares = sorted(zip(column["counts"], names, strict=True), key=lambda share: -share[0])
+        text = ", ".join(f"{name} {n / total:.1%}" for n, name in shares[:6] if n)
+        rows.append([column["name"], text + (", …" if len(shares) > 6 else "")])
+    text = "Each says several things at once. How often each has which value, the most frequent first; real numbers "
+    return Section(
+        "Actions", text + "are counted where they are nearest, in steps of their scale.", [Table(["", ""], rows)]
+    )
 
 
 def _rewards(summary: Summary) -> Section | None:

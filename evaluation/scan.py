@@ -14,6 +14,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from models.errors import InputError
+from utils.actions import ActionColumn
 from utils.records import Clip, Metadata, Shard, decode_clip
 
 PART_BYTES = 32 * 2**20  # raw frames that a worker takes at once
@@ -27,7 +28,8 @@ class Part(NamedTuple):
     file: Within the dataset's folder.
     first: Number of the first record.
     lengths: Frames of each, by the metadata.
-    num_actions: 0 for a dataset without actions.
+    num_actions: 0 for a dataset without actions, or with columns.
+    columns: Of actions beyond one integer.
     """
 
     folder: str
@@ -37,6 +39,7 @@ class Part(NamedTuple):
     lengths: tuple[int, ...]
     frame_shape: tuple[int, int, int]
     num_actions: int
+    columns: tuple[ActionColumn, ...]
 
 
 class Place(NamedTuple):
@@ -71,6 +74,8 @@ class Scan:
     thumbnails_FZ: uint8, grey means of the cells of each frame.
     action_counts, action_changes: By split, for each action how often it was taken within a clip, and the sum of the
       shares of pixels that changed after it.
+    column_counts: For each column of actions beyond one integer, by its name, how often each value occurs; of real
+      numbers, how often they lie in each of `BINS`.
     """
 
     places: list[Place]
@@ -89,6 +94,7 @@ class Scan:
     thumbnails_FZ: np.ndarray
     action_counts: dict[str, np.ndarray]
     action_changes: dict[str, np.ndarray]
+    column_counts: dict[str, np.ndarray]
 
     @property
     def starts_N(self) -> np.ndarray:
@@ -100,6 +106,8 @@ class Scan:
         return np.array([place.split == split for place in self.places], bool)
 
 
+BINS = np.array([-1.5, -0.5, 0.5, 1.5])
+"""Borders of the bins for real numbers, in scales from their mean."""
 MOST_REWARDS = 1000  # different ones that are counted
 
 
@@ -116,7 +124,7 @@ def parts_of(folder: str | Path, metadata: Metadata) -> list[Part]:
     for split, shards in metadata.splits.items():
         for shard in shards:
             for first, lengths in _cut(shard, max(1, PART_BYTES // frame_bytes)):
-                common = (metadata.frame_shape, metadata.num_actions)
+                common = (metadata.frame_shape, metadata.num_actions, metadata.action_columns)
                 parts.append(Part(str(folder), split, shard.file, first, lengths, *common))
     return parts
 
@@ -139,6 +147,7 @@ def scan_part(part: Part) -> Scan:
     found: dict[str, list[Any]] = {field.name: [] for field in dataclasses.fields(Scan)}
     counts, changes = np.zeros(part.num_actions, np.int64), np.zeros(part.num_actions)
     rewards: dict[float, int] = {}
+    columns = {c.name: np.zeros(len(c.values) if c.values else len(BINS) + 1, np.int64) for c in part.columns}
     for record, clip in read_records(part):
         place = Place(part.split, part.file, record)
         reason = clip if isinstance(clip, str) else _fault(clip, part)
@@ -160,13 +169,14 @@ def scan_part(part: Part) -> Scan:
         found["still_N"].append(np.count_nonzero(unchanged == 1))
         found["thumbnails_FZ"].append(thumbnails(frames))
         found["rewards_N2"].append(_count_rewards(clip.rewards_T, rewards))
-        found["wrong_actions_N"].append(_count_actions(actions, unchanged, counts, changes))
+        count = _count_columns(actions, part.columns, columns) if part.columns and actions is not None else 0
+        found["wrong_actions_N"].append(count or _count_actions(actions, unchanged, counts, changes))
     fields: dict[str, Any] = {name: found[name] for name in ("places", "clip_ids", "levels", "damaged")}
     for name, kind in ARRAYS.items():
         rows = np.concatenate(found[name]) if name in PER_FRAME and found[name] else found[name]
         fields[name] = np.asarray(rows, kind).reshape(-1, *SHAPES.get(name, ()))
     fields["action_counts"], fields["action_changes"] = {part.split: counts}, {part.split: changes}
-    return Scan(**fields, reward_values=rewards)
+    return Scan(**fields, reward_values=rewards, column_counts=columns)
 
 
 ARRAYS: dict[str, Any] = {
@@ -193,7 +203,7 @@ def gather(scans: Iterable[Scan]) -> Scan:
     }
     for name in ("places", "clip_ids", "levels", "damaged"):
         fields[name] = [x for part in parts for x in getattr(part, name)]
-    for name in ("reward_values", "action_counts", "action_changes"):
+    for name in ("reward_values", "action_counts", "action_changes", "column_counts"):
         total = fields[name] = {}
         for key, value in (item for part in parts for item in getattr(part, name).items()):
             total[key] = total[key] + value if key in total else value
@@ -255,8 +265,10 @@ def _fault(clip: Clip, part: Part) -> str:
     if clip.frames_THWC is None or clip.frames_THWC.shape[1:] != part.frame_shape:
         found = None if clip.frames_THWC is None else clip.frames_THWC.shape[1:]
         return f"has frames of {found}, where metadata.json says {part.frame_shape}"
-    if part.num_actions and clip.actions_T is None:
+    if (part.num_actions or part.columns) and clip.actions_T is None:
         return "has no actions, where metadata.json names some"
+    if clip.actions_T is not None and part.columns and clip.actions_T.shape[1:] != (len(part.columns),):
+        return f"has actions of {clip.actions_T.shape[1:]}, where metadata.json names {len(part.columns)} columns"
     return ""
 
 
@@ -308,3 +320,17 @@ def _count_actions(
     counts += np.bincount(within, minlength=len(counts))
     changes += np.bincount(within, weights=1 - unchanged_Tm1[known_T[:-1]], minlength=len(counts))
     return int(np.count_nonzero(~known_T))
+
+
+def _count_columns(actions_TA: np.ndarray, columns: Sequence[ActionColumn], counts: dict[str, np.ndarray]) -> int:
+    """Adds a clip's values of each column; returns how many have no name."""
+    wrong = 0
+    for column, values_T in zip(columns, actions_TA.T, strict=True):
+        if column.values:
+            known_T = (values_T >= 0) & (values_T < len(column.values))
+            wrong += int(np.count_nonzero(~known_T))
+            chosen_T = values_T[known_T].astype(np.int64)
+        else:
+            chosen_T = np.digitize((values_T - column.mean) / (column.scale or 1.0), BINS)
+        counts[column.name] += np.bincount(chosen_T, minlength=len(counts[column.name]))
+    return wrong

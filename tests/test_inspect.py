@@ -12,10 +12,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 import inspect_dataset
 from evaluation.duplicates import find_duplicates, perceptual_hashes, seen_elsewhere
 from evaluation.inspection import remarks, summarise
+from evaluation.inspection_page import film, sections
+from evaluation.page import html
 from evaluation.scan import Place, gather, parts_of, scan_part, thumbnails, unchanged_pixels
 from inspect_dataset import Config
 from models.errors import InputError
 from tests.conftest import FRAME, make_clip, make_dataset, script
+from utils.actions import ActionColumn
 from utils.data import ClipSource
 from utils.records import Clip, Metadata, encode_clip, read_metadata, write_metadata, write_shard
 
@@ -269,3 +272,25 @@ def test_of_a_single_video_the_end_is_held_out(tmp_path, capsys):
     val = ClipSource(tmp_path / "out" / "dataset", "val", 9)
     assert [clip.clip_id for clip in val.clips(range(len(val)))] == [f"video/{160 * 11:06d}"]
     assert len(ClipSource(tmp_path / "out" / "dataset", "train", 9)) == 11
+
+
+def test_columns_of_actions_are_counted_and_shown(tmp_path):
+    columns = (
+        ActionColumn("jump", ("off", "on")),
+        ActionColumn("run", ("off", "on")),
+        ActionColumn("x", None, 1.0, 2.0),
+    )
+    actions = np.zeros((9, 3), np.float32)
+    actions[2:5, 0], actions[:, 2] = 1, 1
+    actions[3, 2] = 7.5
+    clip = dataclasses.replace(make_clip(0, 9), actions_T=actions)
+    shard = write_shard(tmp_path, "train/0.array_record", [clip])
+    write_metadata(tmp_path, Metadata("c", FRAME, 10.0, None, {"train": (shard,)}, {}, action_columns=columns))
+    metadata, scan = scanned(tmp_path)
+    summary = summarise(metadata, scan, find_duplicates(scan))
+    assert [column["counts"] for column in summary["columns"]] == [[6, 3], [9, 0], [0, 0, 8, 0, 1]]
+    assert any("never change: run" in remark for remark in remarks(summary))
+    shown = film(tmp_path, metadata, scan.places[0], "clip")
+    assert shown.texts_T[:4] == ["x 1", "x 1", "jump x 1", "jump x 7.5"]
+    page = html("c", sections(summary, [], [shown], []))
+    assert "off 66.7%, on 33.3%" in page

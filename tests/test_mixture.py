@@ -11,6 +11,7 @@ from models.errors import InputError
 from models.tokenizer import TokenizerConfig
 from tests.conftest import FRAME
 from tests.test_data import assert_same, take
+from utils.actions import ActionColumn
 from utils.checkpoint import write_config
 from utils.data import ClipSource, batches
 from utils.mixture import open_split, shares
@@ -142,3 +143,21 @@ def test_a_resumed_training_keeps_its_weights(two, tmp_path):
 def test_a_missing_dataset_of_a_mixture_is_named(two, tmp_path):
     with pytest.raises(InputError, match="nowhere: no dataset here"):
         mixed([two[0], tmp_path / "nowhere"], 1, 1)
+
+
+def test_columns_of_actions_stay_where_they_are_the_same(tmp_path):
+    key, speed = ActionColumn("jump", ("off", "on")), ActionColumn("speed", None, 0.5, 2.0)
+    folders = []
+    for name, columns in (("a", (key, speed)), ("b", (key, speed)), ("c", (key,))):
+        actions = np.arange(8 * len(columns), dtype=np.float32 if speed in columns else np.int32).reshape(8, -1)
+        clips = [Clip(np.zeros((8, *FRAME), np.uint8), f"{name}-{i}", actions % 2) for i in range(3)]
+        shard = write_shard(tmp_path / name, "train/0.array_record", clips)
+        metadata = Metadata("columns", FRAME, 10.0, None, {"train": (shard,)}, {}, action_columns=columns)
+        write_metadata(tmp_path / name, metadata)
+        folders.append(tmp_path / name)
+    same = mixed(folders[:2], 1, 1, seq_len=8)
+    assert same.metadata.action_columns == (key, speed)
+    np.testing.assert_array_equal(next(batches(same, 2, seed=0)).actions_BT[1], np.arange(16).reshape(8, 2) % 2)
+    other = mixed(folders[::2], 1, 1, seq_len=8)
+    assert not other.metadata.has_actions
+    assert next(batches(other, 2, seed=0)).actions_BT is None

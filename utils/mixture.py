@@ -57,8 +57,8 @@ class Mixture:
     """Datasets of frames of one shape, of which each gives its share of the clips.
 
     A clip's number counts through the datasets, one after another. Actions go by their names: those of the first
-    dataset keep their numbers, what only later ones have comes after them. Where one dataset has no actions, the
-    mixture has none.
+    dataset keep their numbers, what only later ones have comes after them. Actions with columns stay as they are, if
+    all datasets have the same columns. Where one dataset has no actions, or others, the mixture has none.
 
     Raises:
       InputError: The datasets do not fit together.
@@ -101,8 +101,11 @@ class Mixture:
                 (clips_B[place_X] - self._begins[i]).tolist(), positions_B[place_X].tolist()
             )
             numbers = self._numbers[i]
-            actions_BT = None if numbers is None else numbers[batch.actions_BT]
-            parts.append(batch._replace(actions_BT=actions_BT))
+            if numbers is not None:
+                batch = batch._replace(actions_BT=numbers[batch.actions_BT])
+            elif not self.metadata.has_actions:
+                batch = batch._replace(actions_BT=None)
+            parts.append(batch)
             places.append(place_X)
         back = np.argsort(np.concatenate(places))
         joined = (None if arrays[0] is None else np.concatenate(arrays)[back] for arrays in zip(*parts, strict=True))
@@ -131,8 +134,13 @@ def _joined(sources: Sequence[ClipSource]) -> Metadata:
         same = {name: like for name, like in (same | other.same_actions).items() if _agree(name, like, sources)}
         idle = idle if idle == other.idle_action else None
     everywhere = all(source.metadata.action_names for source in sources)
+    columns = [[(column.name, column.values) for column in source.metadata.action_columns] for source in sources]
     return dataclasses.replace(
-        first, action_names=tuple(names) if everywhere else None, same_actions=same, idle_action=idle
+        first,
+        action_names=tuple(names) if everywhere else None,
+        same_actions=same,
+        idle_action=idle,
+        action_columns=first.action_columns if all(c == columns[0] for c in columns) else (),
     )
 
 
