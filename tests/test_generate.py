@@ -426,6 +426,6 @@ def test_bad_flags_are_refused_by_name_and_value(flags, status, tmp_path, monkey
 
 def test_missing_procgen_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "procgen", None)
-    with pytest.raises(InputError, match=r"procgen-mirror.*pip install --no-deps -r requirements\.txt"):
+    with pytest.raises(InputError, match=r"procgen-mirror.*pip install --no-deps -r requirements-procgen\.txt"):
         main(Config(output_dir=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
