@@ -1,21 +1,26 @@
-# make setup | demo | world | test | test-all | lint | play; everything is installed into .venv and nothing outside it is touched.
+# make setup | demo | world | play | test | test-all | lint | fit; everything is installed into .venv (what fit needs into
+# .venv-fit), and nothing outside it is touched.
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3,$(if $(shell $(v) -c 'import sys; print(1 if sys.version_info[:2] in ((3,11),(3,12)) else "")' 2>/dev/null),$(v))))
-REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-cuda.txt,requirements.txt)
+# CUDA 13 runs on drivers from 580 on, CUDA 12 on older ones; a TPU's host has a file for each chip.
+DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -m 1 -Eo '^[0-9]+')
+CUDA := $(if $(DRIVER),requirements-cuda$(if $(shell test $(DRIVER) -ge 580 2>/dev/null && echo new),13,12).txt)
+REQUIREMENTS ?= $(or $(CUDA),$(if $(wildcard /dev/accel0),requirements-tpu.txt),requirements.txt)
+FIT := .venv-fit
 # Files of tests run side by side: most of a test is compiling, which takes one core.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo world play eval-deps env-deps reader-deps browser test test-all lint requirements clean
+.PHONY: setup demo world play eval-deps env-deps reader-deps browser test test-all lint requirements fit-deps fit clean
 
 setup: $(VENV)/installed
 
-$(VENV)/installed: $(REQUIREMENTS) requirements.txt
+$(VENV)/installed: $(REQUIREMENTS) requirements.txt requirements-procgen.txt
 	@test -n "$(PYTHON)" || { echo "error: Jafar needs Python 3.11 or 3.12; found $$(python3 --version 2>&1). Install one, or run make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r $(REQUIREMENTS)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r $(REQUIREMENTS) -r requirements-procgen.txt
 	@touch $@
 
 demo: setup  ## real CoinRun, three trainings, a rollout and its measurement, in runs/demo
@@ -49,6 +54,18 @@ $(VENV)/readers: $(VENV)/installed requirements-readers.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-readers.txt
 	@touch $@
 
+fit-deps: $(FIT)/installed  ## XLA's compilers for NVIDIA GPUs and TPUs, which need no such device (5 GB)
+
+$(FIT)/installed: requirements.txt requirements-cuda13.txt requirements-tpu.txt
+	$(PYTHON) -m venv $(FIT)
+	$(FIT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-cuda13.txt -r requirements-tpu.txt
+	@touch $@
+
+ARGS ?= --device h100 --preset coinrun
+fit:  ## whether a training fits a device that is not here, as ARGS="--device l40s --model tokenizer"
+	@test -e $(FIT)/installed || { echo "error: the compilers are not there; run make fit-deps (5 GB, into $(FIT)) first"; exit 1; }
+	$(FIT)/bin/python -m benchmarks.fit_device $(ARGS)
+
 # The page's test drives a real browser. Debian's is installed where that is possible; else the test says that it skipped.
 browser:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome \
@@ -63,10 +80,9 @@ test: setup env-deps reader-deps browser lint
 test-all: setup env-deps reader-deps browser lint
 	$(PY) -m pytest $(SIDE_BY_SIDE)
 
-requirements: setup  ## resolves requirements.in anew; needs uv
-	printf 'numpy>=2,<2.5\n' > $(VENV)/override.txt
-	uv pip compile --quiet --universal --python-version 3.11 --override $(VENV)/override.txt --no-annotate --no-header \
+requirements:  ## resolves requirements.in anew; needs uv
+	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header \
 		--no-emit-index-url --no-emit-find-links requirements.in -o requirements.txt
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(FIT) .mypy_cache .ruff_cache .pytest_cache

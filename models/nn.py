@@ -284,7 +284,7 @@ def in_float32(model: Model) -> Model:
     if all(part.compute.dtype == "float32" for part in computed):
         return model
     for part in computed:
-        part.compute = dataclasses.replace(part.compute, dtype="float32")
+        part.compute = dataclasses.replace(part.compute, dtype="float32", attention="auto")  # cuDNN has none in float32
     for layer in parts:
         if isinstance(layer, Linear):
             layer.dtype = jnp.float32

@@ -172,6 +172,6 @@ def import_procgen() -> Any:
     except ImportError as error:
         raise InputError(
             f"Procgen's games need the package procgen-mirror ({error}); install the pinned packages with "
-            "`pip install --no-deps -r requirements.txt`"
+            "`pip install --no-deps -r requirements-procgen.txt`"
         ) from error
     return procgen

@@ -33,11 +33,10 @@ def test_train_step(capsys, model, from_tokens):
 def test_a_training_step_lowers_for_a_gpu(model, attention, monkeypatch):
     """In bfloat16 and with activations on the host: as far as one can see without a GPU."""
     if attention == "cudnn":
-        monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-        monkeypatch.setattr("models.kernels.flash_capable", lambda device: True)
         monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     # At the bench shape an action token makes the number of places odd.
-    cfg = train_step.Config(model=model, preset="bench", dtype="bfloat16", remat="offload", attention=attention)
+    compute = {"dtype": "bfloat16", "remat": "offload", "attention": attention, "platform": "gpu"}
+    cfg = train_step.Config(model=model, preset="bench", **compute)
     train_cfg, create, step, _ = train_step.setting(cfg)
     batch = train_step.batch_of(cfg, train_cfg)
     traced = jax.jit(step).trace(jax.eval_shape(create), batch, jax.random.key(0))

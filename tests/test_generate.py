@@ -484,6 +484,6 @@ def test_the_folder_is_named_after_the_environment(tmp_path, monkeypatch, capsys
 
 def test_missing_procgen_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "procgen", None)
-    with pytest.raises(InputError, match=r"procgen-mirror.*pip install --no-deps -r requirements\.txt"):
+    with pytest.raises(InputError, match=r"procgen-mirror.*pip install --no-deps -r requirements-procgen\.txt"):
         main(Config(output_dir=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
