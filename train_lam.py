@@ -63,9 +63,10 @@ PRESETS = {
     "small": dataclasses.replace(
         TINY,
         model=dataclasses.replace(TINY.model, unquantized_steps=400),
-        learning_rate=3e-3,
-        num_steps=2000,
-        decay_steps=1200,
+        optimizer="adamw",
+        learning_rate=1.5e-3,
+        num_steps=2500,
+        decay_steps=1250,
         val_interval=1000,
         checkpoint_interval=500,
     ),

@@ -73,6 +73,11 @@ def platform(cfg: Config) -> Any:
     return "cpu" if cfg.device == "cpu" else DEVICES[cfg.device].platform
 
 
+def options(cfg: Config) -> Any:
+    """What the compiler is told beside the program: no Triton products, whose tiles it finds by trial on a device."""
+    return {"xla_gpu_enable_triton_gemm": False} if platform(cfg) == "gpu" else None
+
+
 def training(cfg: Config, model: Any, how: Any, devices: Sequence[Any]) -> dict[str, Any]:
     """What one training step needs."""
     step_cfg, train_cfg, flops_of_step, lowered = lower_training(cfg, model, how, devices)
@@ -81,7 +86,7 @@ def training(cfg: Config, model: Any, how: Any, devices: Sequence[Any]) -> dict[
     values |= {"flops": flops_of_step, "recomputed": recomputed(step_cfg)}
     began = time.monotonic()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(options(cfg))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -198,7 +203,7 @@ def frame(cfg: Config, devices: Sequence[Any]) -> dict[str, Any]:
         return next_frame(world, state, action_B, key, sampling)
 
     began = time.monotonic()
-    compiled = jax.jit(one, donate_argnums=1).lower(*given).compile()
+    compiled = jax.jit(one, donate_argnums=1).lower(*given).compile(options(cfg))
     dynamics, window = world.cfg.dynamics, world.cfg.window - 1
     work = B * DYNAMICS[dynamics.kind].frame_flops(dynamics, window, sampling)
     work += B * flops.tokenizer_decode(world.cfg.tokenizer, 1, window)

@@ -114,9 +114,11 @@ def collectives(text: str) -> list[Collective]:
         if devices == 1:
             continue
         given = arrays(instruction.shape)
-        if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute", "all-to-all"):
-            given = given[len(given) // 2 :]  # after what goes in stands what comes out
-        scale = devices if kind == "reduce-scatter" else 1
+        started = instruction.opcode.endswith("-start") and kind != "all-reduce"
+        if started:  # what goes in stands before what comes out; the whole arrays are wanted
+            half = len(given) // 2
+            given = given[:half] if kind == "reduce-scatter" else given[half:]
+        scale = devices if kind == "reduce-scatter" and not started else 1
         size = scale * sum(size for _, size in given)
         found.append(Collective(kind, tuple(dimensions for dimensions, _ in given), size, devices, times))
     return found

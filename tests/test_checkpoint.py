@@ -70,7 +70,9 @@ def test_the_seed_says_where_a_training_begins(tmp_path):
     def kernel(seed: int) -> np.ndarray:
         cfg = TrainConfig(seed=seed)
         checkpoints = Checkpoints(tmp_path / str(seed), cfg)
-        state, step = restore_or_make(cfg, make_mesh(), checkpoints, linear, nnx.Param, lambda model: None)
+        state, step = restore_or_make(
+            cfg, make_mesh(), checkpoints, lambda rngs, compute: linear(rngs), nnx.Param, lambda model: None
+        )
         assert step == 0
         return np.asarray(jax.tree.leaves(state.params)[-1])
 

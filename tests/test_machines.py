@@ -199,3 +199,29 @@ def test_the_kind_of_device_is_a_value():
     assert [(on(p).dtype, on(p).remat) for p in ("cpu", "gpu", "tpu")] == [
         ("float32", "none"), ("bfloat16", "none"), ("bfloat16", "none")
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "most"), [("tokenizer", 10.5), ("dynamics", 9.0)])
+def test_full_size_fits_an_h100_with_each_block_recomputed(model, most):
+    python = ROOT / ".venv-fit" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("XLA's compiler for GPUs is not here: make fit-deps")
+    command = [
+        python,
+        "-m",
+        "benchmarks.fit_device",
+        "--device",
+        "h100",
+        "--model",
+        model,
+        "--remat",
+        "block",
+        "--json",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (values,) = json.loads(done.stdout.splitlines()[-1])["found"]
+    assert values["fits"]
+    assert values["memory"] < most * 2**30
+    assert set(values["attention"]) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
