@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from models.errors import InputError
 from sources.workers import num_cores
 from utils.cli import run
@@ -102,30 +100,18 @@ def own_data(cfg: Config, root: Path) -> str:
     return str(inspection / "dataset" if fix else data)
 
 
-MINUTES = {"tiny": 7.2, "small": 96.0}
+MINUTES = {"tiny": 7, "small": 96}
 """Of trainings and measurement on two cores, with frames of 64 × 64 (benchmarks/RESULTS.md)."""
-PRODUCTS_PER_SECOND = 1.5e11
-"""What `rate` gives on these two cores when nothing else runs."""
 
 
 def estimate(cfg: Config, summary: dict[str, Any]) -> str:
-    """How long trainings and measurement will take, by how fast this machine multiplies."""
+    """How long trainings and measurement will take: by the frames' size and the cores, of which four count at most."""
     if os.path.exists("/dev/nvidiactl"):
-        return "\nthree trainings and their measurement follow: a few minutes on a GPU"
+        return "\nthree trainings and their measurement follow; how long they take on a GPU has not been measured"
     height, width, _ = summary["frame_shape"]
-    patches = -(-height // 8) * -(-width // 8) / 64
-    minutes = MINUTES[cfg.preset] * patches * PRODUCTS_PER_SECOND / rate()
-    return f"\nthree trainings and their measurement follow: about {max(1, minutes):.0f} min on {num_cores()} cores"
-
-
-def rate() -> float:
-    """Floating-point operations per second of matrix products, in a third of a second."""
-    matrix, count = np.ones((1024, 1024), np.float32), 0
-    began = time.perf_counter()
-    while time.perf_counter() - began < 0.3:
-        matrix @ matrix
-        count += 1
-    return 2 * 1024**3 * count / (time.perf_counter() - began)
+    patches, cores = -(-height // 8) * -(-width // 8) / 64, num_cores()
+    minutes = max(1, round(MINUTES[cfg.preset] * patches * 2 / min(cores, 4)))
+    return f"\nthree trainings and their measurement follow: about {minutes} min on {cores} cores with nothing beside"
 
 
 def main(cfg: Config) -> None:
