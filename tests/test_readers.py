@@ -4,6 +4,7 @@ Files are written as the projects themselves write them, never by anything of ou
 """
 
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -521,6 +522,21 @@ def test_lerobots_cameras(source, config):
     assert followed(clips, "episode_000001", robot_did) == truth[1]
 
 
+def test_lerobots_pictures_in_the_table(source, config):
+    rows, numbers = robot_rows(0, 20)
+    for row, n in zip(rows, numbers, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(picture(n)).save(file, "png")
+        row["observation.images.top"] = {"bytes": file.getvalue(), "path": f"{n}.png"}
+    write_table(source / "data/chunk-000/episode_000000.parquet", rows)
+    (source / "meta").mkdir()
+    (source / "meta/episodes.jsonl").write_text('{"episode_index": 0, "tasks": [], "length": 20}')
+    stored = FEATURES | {"observation.images.top": FEATURES["observation.images.top"] | {"dtype": "image"}}
+    write_info(source, "v2.0", stored, total_episodes=1)
+    _, clips = convert(config)
+    assert followed(clips, "episode_000000", robot_did) == numbers
+
+
 def test_damaged_lerobot(source, config, capsys):
     write_lerobot_3(source / "a")
     (source / "a/data/chunk-000/file-001.parquet").write_bytes(b"PAR1 and nothing else")
@@ -687,6 +703,8 @@ def test_damaged_hdf5(source, config, capsys, monkeypatch):
     (source / "b.h5").write_bytes(b"no hdf5")
     with h5(source / "c.h5") as file:
         file.create_dataset("depth", data=np.zeros(3))
+    with h5(source / "e.h5") as file:
+        file.create_dataset("frames", data=np.zeros((8, 64, 96, 3)))
     with h5(source / "d.hdf5") as file:
         for t in range(8):
             file.create_dataset(f"frame_{t}_x", data=picture(t))
@@ -705,6 +723,7 @@ def test_damaged_hdf5(source, config, capsys, monkeypatch):
     assert "b.h5: not a readable HDF5 file" in said
     assert "c.h5: holds depth; expected what tinyworlds, Minari or the Counter-Strike set have there" in said
     assert "d.hdf5: its actions are" in said
+    assert "e.h5: frames are float64 (8, 64, 96, 3); expected uint8 (N, H, W, 3)" in said
 
 
 @pytest.mark.parametrize(("package", "make"), [("h5py", "a.h5"), ("pyarrow", "meta/info.json")])
