@@ -324,9 +324,9 @@ def test_given_actions_begin_after_the_prompt(trained, dataset):
     inferred = np.asarray(world.infer_actions(jnp.asarray(clips.frames_BTHWC, jnp.float32) / 255))
     np.testing.assert_array_equal(known_actions(world, clips, 2), inferred[:, :2])
     given = sample.Config(actions="0,2", prompt_frames=3)
-    np.testing.assert_array_equal(choose_actions(given, world, clips, 3), [[0, 2, 0]] * 2)
+    np.testing.assert_array_equal(choose_actions(given, world, clips, (), 3), [[0, 2, 0]] * 2)
     as_inferred = sample.Config(prompt_frames=3)
-    np.testing.assert_array_equal(choose_actions(as_inferred, world, clips, 3), inferred[:, 2:5])
+    np.testing.assert_array_equal(choose_actions(as_inferred, world, clips, (), 3), inferred[:, 2:5])
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(ROOT.glob("*.py"))])
