@@ -10,7 +10,7 @@ from models.errors import InputError
 from sources.actions import as_actions, columns_of, per_frame
 from sources.arrays import BESIDE_VIDEO
 from sources.kind import Episode, Header, Kind, episode_starts, files_ending, separated
-from sources.video import VIDEO_SUFFIXES, count_pictures, iterate_pictures, read_video_info
+from sources.video import VIDEO_SUFFIXES, Video, count_pictures, iterate_pictures
 
 
 class ActionNpy(Kind):
@@ -25,17 +25,7 @@ class ActionNpy(Kind):
         return [path for path in files_ending(VIDEO_SUFFIXES, folder, names) if f"{path.stem}{BESIDE_VIDEO}" in beside]
 
     def header(self, path: Path) -> Header:
-        info = read_video_info(path)
-        return Header(
-            info.num_frames,
-            info.height,
-            info.width,
-            info.fps,
-            has_actions=True,
-            is_guess=True,
-            remarks=info.remarks,
-            columns=columns_of(_actions(path)),
-        )
+        return Video().header(path)._replace(has_actions=True, columns=columns_of(_actions(path)))
 
     def open(self, path: Path, fps: Fraction) -> Episode:
         """Opens a video, which is decoded once before, to know whether there is an action for the last picture."""

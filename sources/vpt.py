@@ -18,7 +18,7 @@ import numpy as np
 
 from models.errors import InputError
 from sources.kind import DamageError, Episode, Header, Kind, files_ending
-from sources.video import iterate_pictures, read_video_info
+from sources.video import Video, iterate_pictures
 from utils.actions import ActionColumn
 
 KEYS = {
@@ -64,17 +64,7 @@ class VPT(Kind):
         return paths if any(_looks_like_ticks(path.with_suffix(".jsonl")) for path in paths) else []
 
     def header(self, path: Path) -> Header:
-        info = read_video_info(path)
-        return Header(
-            info.num_frames,
-            info.height,
-            info.width,
-            info.fps,
-            has_actions=True,
-            is_guess=True,
-            remarks=info.remarks,
-            columns=COLUMNS,
-        )
+        return Video().header(path)._replace(has_actions=True, columns=COLUMNS)
 
     def open(self, path: Path, fps: Fraction) -> Episode:
         ticks = _read_ticks(path.with_suffix(".jsonl"))
