@@ -115,3 +115,10 @@ def trained(tmp_path_factory, dataset) -> dict[str, Path]:
     parts = ["--tokenizer_checkpoint", root / "tokenizer", "--lam_checkpoint", root / "lam"]
     script("train_dynamics", *SMALL, "--ckpt_dir", root / "world", *parts, *shared)
     return {name: root / name for name in ("tokenizer", "lam", "world")}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """An empty folder for what preprocess_dataset.py is to read."""
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"

@@ -73,12 +73,6 @@ def numbers(path, fps=None):
 
 
 @pytest.fixture
-def source(tmp_path):
-    (tmp_path / "in").mkdir()
-    return tmp_path / "in"
-
-
-@pytest.fixture
 def config(source, tmp_path):
     """Makes configurations of a small conversion in this process."""
     defaults = {"input_dir": str(source), "output_dir": str(tmp_path / "out"), "num_workers": 0}
