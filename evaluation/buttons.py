@@ -24,7 +24,7 @@ class Button(NamedTuple):
     """What an action does.
 
     right, up: Pixels per frame by which the player moves more than under the idle action, mean over prompts.
-    agree: In so many of the `prompts` the named direction is the larger one and has its sign.
+    agree: In so many of the `prompts` the player moves farther the named way than across it.
     """
 
     name: str
@@ -114,11 +114,12 @@ def name_buttons(moves: Sequence[np.ndarray]) -> list[Button]:
     means, agrees = [], []
     for motion_Bx in moves:
         mean = motion_Bx.mean(axis=0)
-        main = np.abs(mean).argmax()
         if np.linalg.norm(mean) < STILL:
             agree = np.linalg.norm(motion_Bx, axis=1) < 2 * STILL
         else:
-            agree = (np.abs(motion_Bx).argmax(axis=1) == main) & (motion_Bx[:, main] * mean[main] > 0)
+            named = named_part(mean) / np.linalg.norm(named_part(mean))
+            along, across = motion_Bx @ named, motion_Bx @ (-named[1], named[0])
+            agree = along > np.abs(across)
         means.append(mean)
         agrees.append(int(agree.sum()))
     names = distinct([direction(*mean) for mean in means], [float(np.linalg.norm(mean)) for mean in means])
@@ -128,13 +129,19 @@ def name_buttons(moves: Sequence[np.ndarray]) -> list[Button]:
     ]
 
 
+def named_part(mean: np.ndarray) -> np.ndarray:
+    """A motion without its smaller component, if that is less than `STILL`."""
+    larger = np.abs(mean) == np.abs(mean).max()
+    return np.where(larger | (np.abs(mean) >= STILL), mean, 0.0)
+
+
 def direction(right: float, up: float) -> str:
     """In words, the larger component first, for instance "up, right"; "stay" for less than `STILL`."""
     if np.hypot(right, up) < STILL:
         return "stay"
-    parts = [(abs(right), "right" if right > 0 else "left"), (abs(up), "up" if up > 0 else "down")]
-    first, second = sorted(parts, reverse=True)
-    return f"{first[1]}, {second[1]}" if second[0] >= STILL else first[1]
+    x, y = named_part(np.array([right, up]))
+    parts = [(abs(x), "right" if x > 0 else "left"), (abs(y), "up" if y > 0 else "down")]
+    return ", ".join(word for size, word in sorted(parts, reverse=True) if size)
 
 
 def distinct(names: Sequence[str], speeds: Sequence[float]) -> list[str]:

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from evaluation.actions import ActionLabel, with_names
-from evaluation.buttons import HELD_FRAMES, PROMPT_FRAMES, PROMPTS, direction, distinct, measure_buttons, shifts
+from evaluation.buttons import (
+    HELD_FRAMES,
+    PROMPT_FRAMES,
+    PROMPTS,
+    direction,
+    distinct,
+    measure_buttons,
+    name_buttons,
+    shifts,
+)
 
 rng = np.random.default_rng(0)
 SIZE = 64
@@ -87,6 +96,13 @@ def test_prompts_that_go_elsewhere_do_not_agree():
     button = measure_buttons(play, frames, actions, n).details["buttons"][1]
     assert button["name"] == "right"
     assert button["agree"] == PROMPTS - 5
+
+
+def test_a_slanted_way_agrees_where_both_components_do():
+    """Not where the larger one happens to be the same: of two equal ones that is chance."""
+    moves = [np.array([(1.0, 1.1)] * 10 + [(1.1, 1.0)] * 8 + [(1.0, -1.0)] * 2)]
+    [button] = name_buttons(moves)
+    assert (button.name, button.agree) == ("right, up", 18)
 
 
 def test_motion_counts_against_the_idle_action():
