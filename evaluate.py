@@ -30,8 +30,7 @@ from evaluation.sampling import measure_sampling
 from evaluation.suite import Plan, measure_lam, measure_tokenizer, measure_world, set_up, true_actions
 from evaluation.table import HEADLINES, METRICS
 from models.errors import InputError
-from models.genie import load, read_config, stored_sampling
-from models.nn import Compute
+from models.genie import Inference, load, read_config, stored_sampling
 from models.sampling import SamplingFlags
 from utils.checkpoint import data_of, output_of
 from utils.cli import DEFAULT_CACHE, run, set_up_jax
@@ -39,7 +38,7 @@ from utils.data import ClipSource
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Plan, SamplingFlags):
+class Config(Plan, SamplingFlags, Inference):
     """Measures a checkpoint; its architecture comes from the checkpoint alone. Zeros stand for defaults by device."""
 
     checkpoint: str = "runs/dynamics"
@@ -50,8 +49,6 @@ class Config(Plan, SamplingFlags):
     """Where to write; default: evaluation/ in the checkpoint's folder, or in runs/worlds/<name> of an exported one."""
     split: Literal["val", "test", "train"] = "val"
     """Split of the clips."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the models; auto takes bfloat16 on a GPU."""
     deterministic: bool = True
     """On a GPU, the same figures in every run: kernels are then not chosen by trial, which costs some speed."""
     compile_cache: str = DEFAULT_CACHE
@@ -71,10 +68,8 @@ def main(cfg: Config) -> None:
     began = time.perf_counter()
     set_up_jax(cfg.compile_cache, cfg.deterministic)
     stored = read_config(cfg.checkpoint)
-    kind, dtype = stored["kind"], cfg.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    model = load(cfg.checkpoint, kind, Compute(dtype=dtype))
+    kind, compute = stored["kind"], cfg.compute
+    model = load(cfg.checkpoint, kind, compute)
     world = model if kind == "world" else None
     tokenizer = world.tokenizer if world else model if kind == "tokenizer" else None
     lam = world.lam if world else model if kind == "lam" else None
@@ -116,7 +111,8 @@ def main(cfg: Config) -> None:
         "kind": kind,
         "split": cfg.split,
         "seed": cfg.seed,
-        "dtype": dtype,
+        "dtype": compute.dtype,
+        "quant": compute.quant,
         "num_clips": bench.plan.num_clips,
         "rollout_clips": bench.plan.rollout_clips if lam or world else 0,
         "clips_digest": digest(bench.truth),

@@ -11,14 +11,13 @@ import asyncio
 import dataclasses
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import jax
 import tyro
 
 from models.errors import InputError
-from models.genie import load_world, stored_sampling
-from models.nn import Compute
+from models.genie import Inference, load_world, stored_sampling
 from models.sampling import SamplingFlags
 from player.actions import read_actions
 from player.controls import controls_of
@@ -31,7 +30,7 @@ from utils.data import ClipSource
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(SamplingFlags):
+class Config(SamplingFlags, Inference):
     """Serves a web page in which to play a world, or to compare two of them; sampling is what it starts with."""
 
     checkpoint: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -56,8 +55,6 @@ class Config(SamplingFlags):
     """That the page starts with, and of the choice of frames to start from."""
     fps: float = 0.0
     """Frames per second that the page aims at; 0 takes the dataset's."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto takes bfloat16 on a GPU."""
     compile_cache: str = DEFAULT_CACHE
     """Folder of compiled programs, for quick restarts; empty for none."""
 
@@ -79,12 +76,11 @@ def load_game(cfg: Config) -> Game:
     """Loads the worlds, compiles them, and finds frames to start from."""
     names = cfg.checkpoint or ("runs/dynamics",)
     on_cpu = jax.default_backend() == "cpu"
-    dtype: Any = ("float32" if on_cpu else "bfloat16") if cfg.dtype == "auto" else cfg.dtype
     sampling = cfg.over(stored_sampling(names[0]))
     # A CPU gains little from a batch: taking turns, each frame is ready as soon as it can be.
     width = 1 if on_cpu else cfg.max_players
     thread = ThreadPoolExecutor(1, "device")
-    engines = [Engine(load_world(name, Compute(dtype=dtype)), width, thread) for name in names]
+    engines = [Engine(load_world(name, cfg.compute), width, thread) for name in names]
     source, message = open_dataset(cfg, names[0])
     metadata = source.metadata if source else None
     true_names = metadata.action_names if metadata else None

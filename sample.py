@@ -11,7 +11,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,7 @@ import numpy as np
 
 from evaluation.clips import to_uint8
 from models.errors import InputError
-from models.genie import World, load_world, stored_sampling
-from models.nn import Compute
+from models.genie import Inference, World, load_world, stored_sampling
 from models.sampling import SamplingFlags, rollout
 from player.actions import read_actions, spoken
 from player.chosen import check_columns, known_actions, listed_actions, random_like, swept_actions
@@ -34,7 +32,7 @@ from utils.video import label, strip, sweep, upscale, write_png, write_video
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(SamplingFlags):
+class Config(SamplingFlags, Inference):
     """Samples videos from a world; its architecture comes from the checkpoint alone."""
 
     checkpoint: str = "runs/dynamics"
@@ -61,8 +59,6 @@ class Config(SamplingFlags):
     """Enlargement of the frames that are written."""
     seed: int = 0
     """Of the choice of clips and of sampling."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto takes bfloat16 on a GPU."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -158,8 +154,7 @@ def compare(truth: jax.Array, predicted: jax.Array, prompt_frames: int) -> dict[
 
 
 def main(cfg: Config) -> None:
-    default = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    world = load_world(cfg.checkpoint, Compute(dtype=default if cfg.dtype == "auto" else cfg.dtype))  # type: ignore[arg-type]
+    world = load_world(cfg.checkpoint, cfg.compute)
     num_frames = cfg.num_frames or world.cfg.window - cfg.prompt_frames
     if num_frames < 1:
         raise InputError(f"`prompt_frames` {cfg.prompt_frames}: must be from 1 to {world.cfg.window - 1}")

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import sample, train_step
 from benchmarks.devices import DEVICES, USABLE, absent_devices, prepare
-from benchmarks.hlo import collectives, kernels, product_flops
+from benchmarks.hlo import collectives, int8_products, kernels, product_flops
 from models import flops
 from models.errors import InputError
 from models.genie import DYNAMICS, World
@@ -60,6 +60,8 @@ class Config:
     """Ways of activation checkpointing to try; auto takes the cheapest that fits."""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """Attention kernel."""
+    quant: Literal["none", "int8"] = "none"
+    """Products of the blocks' dense layers."""
     from_tokens: bool = False
     """For the dynamics model: from stored tokens and latent actions instead of from frames."""
     steps: int = 25
@@ -104,7 +106,7 @@ def lower_training(
     cfg: Config, model: Any, how: Any, devices: Sequence[Any]
 ) -> tuple[train_step.Config, TrainConfig, float, Any]:
     """One training step for devices, to be compiled; before it its configurations and floating-point operations."""
-    compute = Compute(cfg.dtype, how, cfg.attention, platform(cfg)).settled()
+    compute = Compute(cfg.dtype, how, cfg.attention, platform(cfg), cfg.quant).settled()
     given: dict[str, Any] = dataclasses.asdict(compute) | {"model": model, "preset": cfg.preset}
     given |= {"batch_size": cfg.batch_size, "grad_accum": cfg.grad_accum, "from_tokens": cfg.from_tokens}
     step_cfg = train_step.Config(**given)
@@ -165,7 +167,8 @@ def program(text: Any) -> dict[str, Any]:
         moved[told.kind] += int(told.moved)
     launched = kernels(text)
     attention = {name: n for name, n in launched.items() if any(word in name.lower() for word in ATTENTION)}
-    return {"kernels": launched.total(), "attention": attention, "collectives": dict(moved)}
+    told = {"kernels": launched.total(), "attention": attention, "collectives": dict(moved)}
+    return told | {"int8_products": int8_products(text)}
 
 
 def roofline(cfg: Config, values: dict[str, Any], compiled: Any) -> dict[str, Any]:
@@ -183,7 +186,7 @@ def roofline(cfg: Config, values: dict[str, Any], compiled: Any) -> dict[str, An
 
 def frame(cfg: Config, devices: Sequence[Any]) -> dict[str, Any]:
     """What one sampled frame needs, on one device."""
-    compute = Compute(cfg.dtype, "none", cfg.attention, platform(cfg)).settled()
+    compute = Compute(cfg.dtype, "none", cfg.attention, platform(cfg), cfg.quant).settled()
     B, sampling = cfg.batch_size or 1, SamplingConfig(steps=cfg.steps)
     size = sample.Config(preset=cfg.preset, batch_size=B, steps=cfg.steps)
     world = nnx.eval_shape(lambda: sample.make_world(size, compute))
@@ -223,7 +226,10 @@ def show(values: dict[str, Any]) -> None:
         return
     kinds = ", ".join(map(gib, ("state", "inputs", "activations", "offloaded")))
     print(f"  GiB on each device: {kinds}; about {values.get('largest_batch_estimate', '?')} clips would fit")
-    print(f"  {values['kernels']} kernels; attention: {values['attention'] or 'of XLA'}; {values['flops']:.3g} FLOPs")
+    int8 = f"; {values['int8_products']} products of int8" if values["int8_products"] else ""
+    print(
+        f"  {values['kernels']} kernels; attention: {values['attention'] or 'of XLA'}; {values['flops']:.3g} FLOPs{int8}"
+    )
     moved = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in values["collectives"].items())
     print(f"  sent by each device: {moved or 'nothing'}; compiled in {values['compile_s']:.0f} s")
     if "estimate_ms" in values:

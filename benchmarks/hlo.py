@@ -159,3 +159,10 @@ def product_flops(jaxpr: Any) -> int:
         for inner in jaxprs_in_params(eqn.params):
             total += turns * product_flops(inner)
     return total
+
+
+def int8_products(text: str) -> int:
+    """Matrix products of int8 that a program says, each once however often it runs: those summed in int32."""
+    products = ("dot", "convolution", "custom-call")
+    found = (each for part in computations(text)[0].values() for each in part)
+    return sum(each.opcode in products and each.shape.lstrip("(").startswith("s32[") for each in found)

@@ -6,7 +6,7 @@ import json
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -230,6 +230,21 @@ def load_tokenizer(path: str | Path, compute: Compute = Compute(), step: int | N
 def load_lam(path: str | Path, compute: Compute = Compute(), step: int | None = None) -> LAM:  # noqa: B008
     """Loads a latent action model; see `load`."""
     return load(path, "lam", compute, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """How a trained model is computed."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products and activations; auto takes bfloat16 on an accelerator."""
+    quant: Literal["none", "int8"] = "none"
+    """Take the products of the blocks' dense layers in int8, whatever the model was trained with."""
+
+    @property
+    def compute(self) -> Compute:
+        """The same, for `load`."""
+        return Compute(self.dtype, quant=self.quant).settled()
 
 
 def load_world(path: str | Path, compute: Compute = Compute(), step: int | None = None) -> World:  # noqa: B008

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from models import init
 from models.errors import InputError
 from models.kernels import KV, Linear, RMSNorm, attention, by_clip, remat, rotate, rotate_space, squared_relu
+from models.quant import int8_product
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -40,6 +41,8 @@ class Compute:
     """Attention kernel; auto takes cuDNN's flash attention on a GPU where dtype and shape allow it, else XLA."""
     platform: Annotated[Literal["", "cpu", "gpu", "tpu"], tyro.conf.Suppress] = ""
     """For what kind of device; default: the one that JAX computes on."""
+    quant: Literal["none", "int8"] = "none"
+    """Take the products of the blocks' dense layers in int8, forward and backward; all else stays as it is."""
 
     def settled(self) -> "Compute":
         """With a dtype in the place of auto, and no checkpointing in the place of auto."""
@@ -135,8 +138,8 @@ class Attention(nnx.Module):
         self.axis = axis
         self.causal = causal
         self.places = places if cfg.rotary_space else None
-        self.qkv = linear(cfg.width, 3 * cfg.width, compute, rngs)
-        self.out = linear(cfg.width, cfg.width, compute, rngs, scale=init.output_scale(cfg.num_blocks))
+        self.qkv = dense(cfg.width, 3 * cfg.width, compute, rngs)
+        self.out = dense(cfg.width, cfg.width, compute, rngs, scale=init.output_scale(cfg.num_blocks))
         self.q_norm = RMSNorm(head_width)
         self.k_norm = RMSNorm(head_width)
 
@@ -197,8 +200,8 @@ class STBlock(nnx.Module):
         self.temporal_norm = RMSNorm(cfg.width)
         self.temporal = Attention(cfg, compute, rngs, "time", causal=True)
         self.ffn_norm = RMSNorm(cfg.width)
-        self.ffn_in = linear(cfg.width, 4 * cfg.width, compute, rngs)
-        self.ffn_out = linear(4 * cfg.width, cfg.width, compute, rngs, scale=init.output_scale(cfg.num_blocks))
+        self.ffn_in = dense(cfg.width, 4 * cfg.width, compute, rngs)
+        self.ffn_out = dense(4 * cfg.width, cfg.width, compute, rngs, scale=init.output_scale(cfg.num_blocks))
 
     def __call__(self, x_BTNM: jax.Array, past: Past | None = None) -> Transformed:
         """Transforms a clip, a frame or a place; `past` is this block's own, without the axis of blocks."""
@@ -276,18 +279,26 @@ def linear(
     )
 
 
+def dense(inputs: int, outputs: int, compute: Compute, rngs: nnx.Rngs, *, scale: float = 1.0) -> Linear:
+    """A dense layer of a block: as `linear`, but its products may be of int8, by `Compute.quant`."""
+    layer = linear(inputs, outputs, compute, rngs, scale=scale)
+    layer.product = int8_product if compute.quant == "int8" else None
+    return layer
+
+
 def in_float32(model: Model) -> Model:
-    """A model of the same parameters that takes its products in float32, whatever its `Compute.dtype`."""
+    """A model of the same parameters that takes its products in float32, whatever its `Compute` says."""
     copy = nnx.merge(*nnx.split(model))
     parts = [part for _, part in nnx.iter_graph(copy) if isinstance(part, nnx.Module)]
     computed: list[Any] = [part for part in parts if hasattr(part, "compute")]
-    if all(part.compute.dtype == "float32" for part in computed):
+    if all(part.compute.dtype == "float32" and part.compute.quant == "none" for part in computed):
         return model
     for part in computed:
-        part.compute = dataclasses.replace(part.compute, dtype="float32", attention="auto")  # cuDNN has none in float32
+        # cuDNN has no attention in float32.
+        part.compute = dataclasses.replace(part.compute, dtype="float32", attention="auto", quant="none")
     for layer in parts:
         if isinstance(layer, Linear):
-            layer.dtype = jnp.float32
+            layer.dtype, layer.product = jnp.float32, None
     return copy
 
 

@@ -117,7 +117,7 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
     @property
     def compute(self) -> Compute:
         """How the model is computed."""
-        return Compute(self.dtype, self.remat, self.attention, self.platform).settled()
+        return Compute(self.dtype, self.remat, self.attention, self.platform, self.quant).settled()
 
 
 def start(cfg: Config) -> Config:
