@@ -167,8 +167,8 @@ def program(text: Any) -> dict[str, Any]:
         moved[told.kind] += int(told.moved)
     launched = kernels(text)
     attention = {name: n for name, n in launched.items() if any(word in name.lower() for word in ATTENTION)}
-    told = {"kernels": launched.total(), "attention": attention, "collectives": dict(moved)}
-    return told | {"int8_products": int8_products(text)}
+    counts = {"kernels": launched.total(), "attention": attention, "collectives": dict(moved)}
+    return counts | {"int8_products": int8_products(text)}
 
 
 def roofline(cfg: Config, values: dict[str, Any], compiled: Any) -> dict[str, Any]:
@@ -227,9 +227,8 @@ def show(values: dict[str, Any]) -> None:
     kinds = ", ".join(map(gib, ("state", "inputs", "activations", "offloaded")))
     print(f"  GiB on each device: {kinds}; about {values.get('largest_batch_estimate', '?')} clips would fit")
     int8 = f"; {values['int8_products']} products of int8" if values["int8_products"] else ""
-    print(
-        f"  {values['kernels']} kernels; attention: {values['attention'] or 'of XLA'}; {values['flops']:.3g} FLOPs{int8}"
-    )
+    attention = values["attention"] or "of XLA"
+    print(f"  {values['kernels']} kernels; attention: {attention}; {values['flops']:.3g} FLOPs{int8}")
     moved = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in values["collectives"].items())
     print(f"  sent by each device: {moved or 'nothing'}; compiled in {values['compile_s']:.0f} s")
     if "estimate_ms" in values:
