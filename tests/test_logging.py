@@ -10,7 +10,7 @@ import pytest
 from models.errors import DivergenceError
 from utils import logging
 from utils.logging import Console, Wandb, Writers
-from utils.progress import Reporter, Speed, Waiting
+from utils.progress import Reporter, Speed, Waiting, checked
 
 
 def test_the_console_tells_the_step_what_matters_and_the_time_left(monkeypatch, capsys):
@@ -41,8 +41,8 @@ def test_a_resumed_training_continues_its_wandb_run(monkeypatch, tmp_path):
 def test_a_loss_and_a_gradient_must_be_finite(name, value):
     reporter = Reporter(Writers(), Speed(4, 0.0, "float32", Waiting()), 1, 9)
     metrics = {"loss": jnp.float32(1), "grad_norm": jnp.float32(1)}
-    reporter.take(1, metrics)
-    reporter.take(2, metrics | {name: jnp.float32(value)})
+    reporter.take(1, checked(metrics))
+    reporter.take(2, checked(metrics | {name: jnp.float32(value)}))
     with pytest.raises(DivergenceError) as raised:
         reporter.flush()
     assert (raised.value.step, raised.value.name) == (2, name)

@@ -36,7 +36,7 @@ from utils.data import ClipSource, batches
 from utils.init_from import begin_with
 from utils.logging import Files, Writers
 from utils.metrics import perplexity, pooled_psnr, psnr, ssim, usage
-from utils.progress import Profiler, Reporter, Speed, Waiting
+from utils.progress import Profiler, Reporter, Speed, Waiting, checked
 from utils.records import Metadata, write_metadata, write_shard
 from utils.sharding import make_mesh
 from utils.state import TrainState, apply_gradients
@@ -451,7 +451,7 @@ def reported(last_step, loss=lambda step: 1.0 / step):
     recorder = Recorder()
     reporter = Reporter(recorder, Speed(4, 1e12, "float32", Waiting()), 4, last_step)
     for step in range(1, last_step + 1):
-        reporter.take(step, {"loss": jnp.float32(loss(step)), "grad_norm": jnp.float32(1)})
+        reporter.take(step, checked({"loss": jnp.float32(loss(step)), "grad_norm": jnp.float32(1)}))
         assert all(told < step for told, _ in recorder.told)  # one step late, so that nobody waits
     reporter.flush()
     return recorder.told
@@ -469,6 +469,26 @@ def test_the_first_number_that_is_not_finite_stops_a_training(bad):
     with pytest.raises(DivergenceError, match=f"step {bad}: loss is nan") as raised:
         reported(5, lambda step: np.nan if step >= bad else 1.0)
     assert (raised.value.step, raised.value.name) == (bad, "loss")
+
+
+def test_between_its_lines_one_value_is_fetched():
+    class Fetched:
+        def __init__(self, value):
+            self.value, self.times = value, 0
+
+        def __float__(self):
+            self.times += 1
+            return self.value
+
+        __bool__ = lambda self: bool(float(self))
+
+    reporter = Reporter(Recorder(), Speed(4, 1e12, "float32", Waiting()), 2, 9)
+    steps = [{"loss": Fetched(1.0), "finite": Fetched(1.0)} for _ in range(3)]
+    for step, metrics in enumerate(steps, start=1):
+        reporter.take(step, metrics)
+    reporter.flush()
+    assert [metrics["finite"].times for metrics in steps] == [1, 1, 1]
+    assert [metrics["loss"].times for metrics in steps] == [0, 1, 0]
 
 
 def test_speed_and_the_share_of_waiting(monkeypatch):

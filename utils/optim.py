@@ -81,6 +81,11 @@ def raised_rate(cfg: OptimConfig, planned: int | None, num_steps: int, first_ste
     )
 
 
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+"""Muon's five iterations, each with its coefficients: optax scans what is given so, and else unrolls it, which makes a
+step compile for half as long again."""
+
+
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """AdamW or Muon with clipping and a schedule; moments are float32, like the parameters."""
     rate = learning_rate_schedule(cfg, num_steps)
@@ -95,6 +100,7 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
             weight_decay_mask=matrices,
             muon_weight_dimension_numbers=_hidden_matrices,
             consistent_rms=0.2,
+            ns_coeffs=NEWTON_SCHULZ,
         )
     else:
         updates = optax.adamw(rate, cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=matrices)

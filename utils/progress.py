@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from models.errors import DivergenceError
 from utils.logging import Writers
@@ -86,8 +87,19 @@ class Profiler:
             self.tracing = False
 
 
+MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")
+
+
+def checked(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A step's metrics with `finite`: whether those that must be finite are; for use inside of the compiled step."""
+    told = jnp.stack([metrics[name] for name in MUST_BE_FINITE if name in metrics])
+    return metrics | {"finite": jnp.all(jnp.isfinite(told))}
+
+
 class Reporter:
     """Looks at a step's metrics when the next step is already under way, so that the device never waits.
+
+    Between its lines it fetches a single value, whether the others are finite: each costs a copy from the device.
 
     Args:
       interval: Steps between lines of metrics.
@@ -98,7 +110,7 @@ class Reporter:
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def take(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes in what a step that has just been dispatched gives, and reports on the one before."""
+        """Takes in what a step that has just been dispatched gives, `checked`, and reports on the one before."""
         earlier, self.pending = self.pending, (step, metrics)
         if earlier:
             self._report(*earlier)
@@ -114,10 +126,11 @@ class Reporter:
             self._report(*earlier)
 
     def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        numbers = {name: float(value) for name, value in metrics.items()}
-        for name in ("loss", "grad_norm", "param_norm"):
-            if not math.isfinite(numbers.get(name, 0.0)):
-                message = f"step {step}: {name} is {numbers[name]}"
-                raise DivergenceError(message, step, name, numbers[name])
-        if step % self.interval == 0 or step == self.last_step:
-            self.writers.scalars(step, numbers | self.speed.rates(step))
+        finite = bool(metrics["finite"])
+        if finite and step % self.interval and step != self.last_step:
+            return
+        numbers = {name: float(value) for name, value in metrics.items() if name != "finite"}
+        if not finite:
+            name = next(name for name in MUST_BE_FINITE if not math.isfinite(numbers.get(name, 0.0)))
+            raise DivergenceError(f"step {step}: {name} is {numbers[name]}", step, name, numbers[name])
+        self.writers.scalars(step, numbers | self.speed.rates(step))

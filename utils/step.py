@@ -14,6 +14,7 @@ from jax.sharding import Mesh, use_abstract_mesh
 from models.errors import InputError
 from models.nn import Compute
 from utils.data import Batch
+from utils.progress import checked
 from utils.sharding import state_sharding
 from utils.state import TrainState
 
@@ -100,7 +101,7 @@ def jitted_step(cfg: Any, mesh: Mesh, train_step: TrainStep, state: TrainState) 
     def whole_step(state: TrainState, batch: Batch, step: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         with use_abstract_mesh(mesh.abstract_mesh):  # over whose devices blocks split their activations
             state, metrics = train_step(state, batch, jax.random.fold_in(root, step))
-        return state.move_average(cfg.ema_decay), metrics
+        return state.move_average(cfg.ema_decay), checked(metrics)
 
     return jax.jit(
         whole_step,
