@@ -21,7 +21,6 @@ from jax.ad_checkpoint import checkpoint_name
 from models import init
 from models.errors import InputError
 from models.kernels import KV, Linear, RMSNorm, attention, by_clip, remat, rotate, rotate_space, squared_relu
-from models.quant import int8_product
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -282,7 +281,7 @@ def linear(
 def dense(inputs: int, outputs: int, compute: Compute, rngs: nnx.Rngs, *, scale: float = 1.0) -> Linear:
     """A dense layer of a block: as `linear`, but its products may be of int8, by `Compute.quant`."""
     layer = linear(inputs, outputs, compute, rngs, scale=scale)
-    layer.product = int8_product if compute.quant == "int8" else None
+    layer.int8 = compute.quant == "int8"
     return layer
 
 
@@ -298,7 +297,7 @@ def in_float32(model: Model) -> Model:
         part.compute = dataclasses.replace(part.compute, dtype="float32", attention="auto", quant="none")
     for layer in parts:
         if isinstance(layer, Linear):
-            layer.dtype, layer.product = jnp.float32, None
+            layer.dtype, layer.int8 = jnp.float32, False
     return copy
 
 
