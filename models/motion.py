@@ -44,19 +44,23 @@ class Damage(NamedTuple):
         return frames_BTHWC + self.noise_BTHWC
 
 
+DAMAGED = 0.2
+"""Share of the pictures that are damaged where there is a blur. The others stay as they are: most pictures of a rollout
+are good, and to mend what is whole would spoil it."""
+
+
 def draw_damage(key: jax.Array, num_clips: int, frames_THWC: tuple[int, ...], blur: float, noise: float) -> Damage:
     """Draws how each frame is damaged: evenly up to a blur, and to a standard deviation of the noise.
 
-    With a blur, half of the frames are not damaged at all.
+    With a blur, most frames are not damaged at all, see `DAMAGED`.
     """
     level_key, noise_key = jax.random.split(jax.random.fold_in(key, 0))
     level_BT111 = noise * jax.random.uniform(level_key, (num_clips, frames_THWC[0], 1, 1, 1))
     noise_BTHWC = level_BT111 * jax.random.normal(noise_key, (num_clips, *frames_THWC))
     if not blur:
         return Damage(None, noise_BTHWC)
-    # Half of the frames stay as they are: most pictures of a rollout are good, and to mend them would spoil them.
     blur_key, hurt_key = jax.random.split(jax.random.fold_in(key, 1))
-    hurt_BT = jax.random.bernoulli(hurt_key, 0.5, (num_clips, frames_THWC[0]))
+    hurt_BT = jax.random.bernoulli(hurt_key, DAMAGED, (num_clips, frames_THWC[0]))
     blur_BT = blur * jax.random.uniform(blur_key, hurt_BT.shape)
     return Damage(hurt_BT * blur_BT, hurt_BT[:, :, None, None, None] * noise_BTHWC)
 
