@@ -23,6 +23,7 @@ from evaluation.buttons import measure_buttons
 from evaluation.clips import digest
 from evaluation.comparison import comparison
 from evaluation.measured import Measured, read_metrics
+from evaluation.outcomes import measure_heads
 from evaluation.page import write_page
 from evaluation.report import sections
 from evaluation.rollouts import Player
@@ -36,6 +37,8 @@ from models.sampling import SamplingFlags
 from utils.checkpoint import data_of, output_of
 from utils.cli import DEFAULT_CACHE, run, set_up_jax
 from utils.data import ClipSource
+
+HEAD_CLIPS = 8  # times as many clips as for all else, or all that there are: ends are rare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,8 @@ def main(cfg: Config) -> None:
             measured |= buttons
             labels = with_names(labels, buttons.details["buttons"], actions)
         measured |= measure_world(bench, play, actions, reconstruction, labels)
+        n = HEAD_CLIPS * bench.plan.num_clips
+        measured |= measure_heads(world, bench.source, sampling, n, bench.plan.batch_size, cfg.seed)
         played = {"actions": "inferred" if lam else "true", "sampling": dataclasses.asdict(sampling)}
         measured |= Measured(details=played)
         step_ms = 1000 * bench.plan.batch_size / play.frames_per_second

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from models.causal import Causal
 from models.dynamics import Dynamics, DynamicsConfig
 from models.errors import InputError
+from models.heads import Heads, HeadsConfig, Judged
 from models.lam import LAM, LAMConfig
 from models.maskgit import MaskGIT
 from models.nn import Compute
@@ -37,12 +39,14 @@ class WorldConfig:
 
     lam: None where the dynamics model takes the dataset's true actions.
     window: Frames in a training clip; a rollout sees this many at once.
+    heads: None where the world does not say what actions earn, and where levels end.
     """
 
     tokenizer: TokenizerConfig
     lam: LAMConfig | None
     dynamics: DynamicsConfig
     window: int
+    heads: HeadsConfig | None = None
 
 
 class World(nnx.Module):
@@ -53,6 +57,8 @@ class World(nnx.Module):
         self.tokenizer = Tokenizer(cfg.tokenizer, compute, rngs)
         self.lam = LAM(cfg.lam, compute, rngs) if cfg.lam else None
         self.dynamics = DYNAMICS[cfg.dynamics.kind](cfg.dynamics, compute, rngs)
+        self.heads = Heads(cfg.heads, cfg.dynamics.width, compute, rngs) if cfg.heads else None
+        self.dynamics.keeps_hidden = cfg.heads is not None
 
     @property
     def num_actions(self) -> int:
@@ -64,6 +70,16 @@ class World(nnx.Module):
         if self.lam is None:
             raise InputError("this world was trained on true actions and has no latent action model to infer them")
         return self.lam.infer(frames_BTHWC)
+
+    def judge(self, state: Any, action_B: jax.Array) -> Judged:
+        """What actions (B) lead to that are taken in the state of a rollout; without heads, nothing.
+
+        It comes with the next frame, which `models.sampling.next_frame` draws from the same state and actions.
+        """
+        if self.heads is None:
+            none_B = jnp.zeros(len(action_B), jnp.float32)
+            return Judged(none_B, none_B, none_B)
+        return self.heads(state.hidden_BNM, self.dynamics.embed_actions(action_B))
 
 
 KINDS: dict[str, tuple[type, type]] = {
@@ -96,12 +112,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def model_config(kind: str, fields: dict[str, Any]) -> Any:
     """The frozen configuration of a model from what `config.json` holds."""
     if kind == "world":
-        lam = fields["lam"]
+        lam, heads = fields["lam"], fields.get("heads")
         return WorldConfig(
             tokenizer=model_config("tokenizer", fields["tokenizer"]),
             lam=None if lam is None else model_config("lam", lam),
             dynamics=_as_config(DynamicsConfig, fields["dynamics"]),
             window=fields["window"],
+            heads=None if heads is None else _as_config(HeadsConfig, heads),
         )
     return _as_config(KINDS[kind][1], fields)
 

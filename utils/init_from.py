@@ -39,10 +39,10 @@ def begin_with(path: str, model: Any, trained: Collection[str]) -> str:
     if not isinstance(model, World):
         return f"begins with {path}: {_take(path, kind, model, other)}"
     told = []
-    for part in (part for part in ("lam", "dynamics") if part in trained):
+    for part in (part for part in ("lam", "dynamics", "heads") if part in trained):
         ours, theirs = getattr(model, part), getattr(other, part)
-        if theirs is None:
-            told.append(f"the {part} is new, for there is none")
+        if theirs is None or (part == "heads" and theirs.cfg != ours.cfg):
+            told.append(f"the {part} is new, for there is none" if theirs is None else "the heads, other ones, are new")
             continue
         before_KM = np.array(ours.token_embedding[...]) if hasattr(ours, "token_embedding") else None
         told.append(_take(path, part, ours, theirs))
@@ -85,7 +85,7 @@ def _shape(value: Any) -> str:
 
 def _expect(path: str, name: str, ours: Any, theirs: Any) -> None:
     """Refuses a model whose variables would mean something else here."""
-    if theirs.frame_shape != ours.frame_shape:
+    if name != "heads" and theirs.frame_shape != ours.frame_shape:
         raise InputError(
             f"`init_from` {path}: made for frames of {theirs.frame_shape}, but the dataset has {ours.frame_shape}; "
             "convert it to that size, with preprocess_dataset.py --height and --width"

@@ -1,0 +1,164 @@
+"""Plays unseen levels of the real game by plans that are made in a world: a measure of the world that no PSNR gives.
+
+    python evaluate_planning.py --checkpoint runs/dynamics
+
+The world needs heads (train_dynamics.py --heads reward,end), and its dataset a game of Procgen. Plans of several
+lengths stand beside plans chosen blindly, sticky play and random play. Prints a table and writes planning.json.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from agents.planning import PlanningPlayer, Shooter
+from agents.worlds import read_labels
+from evaluation.statistics import figure
+from evaluation.table import figure_text, markdown_table
+from models.errors import InputError
+from models.genie import World, load_world, stored_sampling
+from sources.environment import RecordingOptions
+from sources.policies import choose_actions
+from sources.procgen import Procgen
+from sources.registry import find_environment
+from utils.checkpoint import data_of, output_of
+from utils.cli import DEFAULT_CACHE, run, set_up_jax
+from utils.records import read_metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measures a world by the levels of the real game that plans made in it solve."""
+
+    checkpoint: str = "runs/dynamics"
+    """--ckpt_dir of the training of a world with heads, or an exported one."""
+    data_dir: str = ""
+    """Dataset that tells the game and its options; default: the world's."""
+    output_dir: str = ""
+    """Where to write planning.json; default: planning/ in the checkpoint's folder."""
+    lengths: tuple[int, ...] = (5, 10, 20)
+    """Steps of the plans."""
+    held: int = 5
+    """Steps of a plan that are played before the next one is made."""
+    num_plans: int = 16
+    """Plans to choose from."""
+    num_levels: int = 100
+    """Levels that plans play."""
+    blind_levels: int = 500
+    """Levels that those play who make no plans, which costs little; the first ones are the same."""
+    max_steps: int = 300
+    """Time steps that a level may take."""
+    split: Literal["test", "val"] = "test"
+    """Which levels: of none that the world was trained on."""
+    seed: int = 0
+    """Of the levels, the plans and all else."""
+    compile_cache: str = DEFAULT_CACHE
+    """Folder of compiled programs, for quick restarts; empty for none."""
+
+    def __post_init__(self):
+        for name in ("held", "num_plans", "num_levels", "blind_levels", "max_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"`{name}` {getattr(self, name)}: must be at least 1")
+        if not self.lengths or min(self.lengths) < 1:
+            raise InputError(f"`lengths` {self.lengths}: must be numbers of at least 1")
+
+
+def open_game(data_dir: str) -> tuple[Procgen, RecordingOptions]:
+    """The game that a dataset was recorded from, and its options.
+
+    Raises:
+      InputError: It was not recorded from a game of Procgen.
+    """
+    metadata = read_metadata(data_dir)
+    made_by = metadata.made_by.get("of", metadata.made_by)  # of the clips that were exported with a world
+    if made_by.get("command") != "generate_dataset.py" or "config" not in made_by:
+        raise InputError(
+            f"`data_dir` {data_dir}: not recorded by generate_dataset.py, so there is no game to be played"
+        )
+    options = RecordingOptions(**made_by["config"])
+    game = find_environment(metadata.environment, options)
+    if not isinstance(game, Procgen):
+        raise InputError(
+            f"`data_dir` {data_dir}: {metadata.environment} is no game of Procgen, whose levels are needed"
+        )
+    return game, options
+
+
+def play(game: Procgen, options: RecordingOptions, cfg: Config, num: int, player: Any) -> np.ndarray:
+    """Plays each of `num` levels once: 1.0 (num,) for those that were solved in time."""
+    env = game._make(options, cfg.split, num, rand_seed=cfg.seed)
+    solved, playing = np.zeros(num), np.ones(num, bool)
+    for _ in range(cfg.max_steps):
+        env.act(player.act(env.observe()[1]["rgb"], playing))
+        over = playing & env.observe()[2]
+        if over.any():
+            complete = np.array([bool(info["prev_level_complete"]) for info in env.get_info()])
+            solved[over & complete] = 1.0
+            playing &= ~over
+        if not playing.any():
+            break
+    env.close()
+    return solved
+
+
+class Blind:
+    """Plays actions (N, T) one after the other."""
+
+    def __init__(self, actions_NT: np.ndarray):
+        self._steps = iter(actions_NT.T)
+
+    def act(self, frames_NHWC: np.ndarray, playing_N: np.ndarray) -> np.ndarray:
+        return next(self._steps)
+
+
+def world_actions(cfg: Config, world: World, game: Procgen) -> tuple[np.ndarray, Sequence[float]]:
+    """For each of the world's actions the game's that it stands for, and how often plans choose it, by comparison."""
+    if world.lam is None:
+        return np.arange(len(game.action_names)), game.weights_A
+    labels = read_labels(cfg.checkpoint, world.num_actions)
+    return np.array([game.action_names.index(label.true) for label in labels]), [label.count + 1 for label in labels]
+
+
+def main(cfg: Config) -> None:
+    set_up_jax(cfg.compile_cache)
+    world = load_world(cfg.checkpoint)
+    if world.heads is None:
+        raise InputError(
+            f"`checkpoint` {cfg.checkpoint}: has no heads; train it with train_dynamics.py --heads reward,end"
+        )
+    game, options = open_game(cfg.data_dir or data_of(cfg.checkpoint))
+    true_A, weights_A = world_actions(cfg, world, game)
+    propose = lambda rng, num, steps: choose_actions("sticky", weights_A, rng, num, steps)
+    rng, shape = np.random.default_rng(cfg.seed), (cfg.blind_levels, cfg.max_steps)
+    planner: dict[str, Any] = {"propose": propose, "held": cfg.held, "num_plans": cfg.num_plans, "true_A": true_A}
+    planner |= {"idle": game.action_names.index(game.idle_action), "seed": cfg.seed}
+    players: dict[str, Any] = {
+        "random": lambda: Blind(choose_actions("uniform", game.weights_A, rng, *shape)),
+        "sticky": lambda: Blind(choose_actions("sticky", game.weights_A, rng, *shape)),
+        f"plans of {cfg.held}, chosen blindly": lambda: PlanningPlayer(None, **planner, length=cfg.held),
+    }
+    shooter = Shooter(world, stored_sampling(cfg.checkpoint), cfg.seed)
+    for length in cfg.lengths:
+        players[f"plans of {length}"] = lambda length=length: PlanningPlayer(shooter, **planner, length=length)
+    found, rows = {}, []
+    for name, make in players.items():
+        began = time.perf_counter()
+        blind = not name.startswith("plans") or "blindly" in name
+        solved = play(game, options, cfg, cfg.blind_levels if blind else cfg.num_levels, make())
+        of_all = figure(solved)
+        found[name] = of_all._asdict() | {"solved": solved.tolist(), "seconds": round(time.perf_counter() - began, 1)}
+        rows.append((name, figure_text(of_all._asdict()), str(of_all.n), f"{found[name]['seconds']:.0f}"))
+        print(f"{name}: {rows[-1][1]} of {of_all.n} levels solved ({rows[-1][3]} s)", flush=True)
+    folder = Path(cfg.output_dir or output_of(cfg.checkpoint, "planning"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "planning.json").write_text(json.dumps(found | {"config": dataclasses.asdict(cfg)}, indent=1) + "\n")
+    print("\n".join(markdown_table(("who plays", "share of levels solved", "levels", "seconds"), rows)))
+    print(f"wrote {folder}/planning.json")
+
+
+if __name__ == "__main__":
+    run(main, Config)
