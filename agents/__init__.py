@@ -1,0 +1,1 @@
+"""Agents: policies that play a game."""
