@@ -127,7 +127,8 @@ def label(agent: Agent, source: ClipSource, num: int, seed: int, rows: int = 32)
 
     @jax.jit
     def look(variables: Any, frames_BSHWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        model, frames = nnx.merge(graphdef, variables), frames_BSHWC.astype(jnp.float32) / 255
+        model: Any = nnx.merge(graphdef, variables)
+        frames = frames_BSHWC.astype(jnp.float32) / 255
         codes_BTm1 = model.lam.infer(frames)
         hidden_BM = model.policy(frames[:, -1 - context : -1]).hidden_BTM[:, -1]
         return codes_BTm1[:, -1], codes_BTm1[:, -2], hidden_BM

@@ -95,7 +95,7 @@ def _players(metrics: Mapping[str, Any], names: list[str]) -> Table:
 
 def _against(metrics: Mapping[str, Any], shown: list[str]) -> list[Table]:
     """Policies against the best sticky player and the oracle, level by level."""
-    others = [name for name in (best_sticky(metrics), ORACLE) if name in metrics["players"]]
+    others = [name for name in (best_sticky(metrics), ORACLE) if name and name in metrics["players"]]
     policies = [name for name in shown if name.startswith(("latent", "policy", ORACLE))]
     told = metrics["per_clip"]
     rows = [

@@ -201,4 +201,5 @@ def options_of(made_by: Mapping[str, Any]) -> RecordingOptions | None:
     config = made_by.get("config")
     if made_by.get("command") != "generate_dataset.py" or not isinstance(config, dict):
         return None
-    return RecordingOptions(**{name: tuple(x) if isinstance(x, list) else x for name, x in config.items()})
+    values: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in config.items()}
+    return RecordingOptions(**values)

@@ -1,6 +1,5 @@
 """Levels of a game side by side, each of which is played once: on these a policy is measured."""
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -102,16 +101,17 @@ class Scripted:
 POWERS = (1, 2, 4)  # of the shares of actions, by which sticky players choose
 
 
-def scripted(shares_A: Sequence[float], num_levels: int, num_steps: int, seed: int) -> dict[str, Scripted]:
+def scripted(shares_A: np.ndarray, num_levels: int, num_steps: int, seed: int) -> dict[str, Scripted]:
     """Players who do not look, by name: random, sticky ones of several biases, and the most frequent action alone.
 
     Args:
       shares_A: How often each action is done by whom they are compared with; the sticky ones choose by powers of it.
     """
-    shares, shape = np.asarray(shares_A, float), (num_levels, num_steps)
+    shape = num_levels, num_steps
     rng = lambda: np.random.default_rng(seed)
-    players = {"random": Scripted(choose_actions("uniform", shares, rng(), *shape))}
+    players = {"random": Scripted(choose_actions("uniform", shares_A.tolist(), rng(), *shape))}
     for power in POWERS:
-        players[f"sticky, shares^{power}"] = Scripted(choose_actions("sticky", shares**power, rng(), *shape))
-    players["most frequent action"] = Scripted(np.full(shape, shares.argmax(), np.int32))
+        weights_A = (shares_A**power).tolist()
+        players[f"sticky, shares^{power}"] = Scripted(choose_actions("sticky", weights_A, rng(), *shape))
+    players["most frequent action"] = Scripted(np.full(shape, shares_A.argmax(), np.int32))
     return players
