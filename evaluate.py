@@ -9,8 +9,6 @@ the checkpoint action_labels.json, what each action does. LPIPS, FVD and the fra
 """
 
 import dataclasses
-import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +20,7 @@ from evaluation.actions import with_names
 from evaluation.buttons import measure_buttons
 from evaluation.clips import digest
 from evaluation.comparison import comparison
-from evaluation.measured import Measured, read_metrics
+from evaluation.measured import Measured, read_metrics, write_json
 from evaluation.outcomes import measure_heads
 from evaluation.page import write_page
 from evaluation.report import sections
@@ -75,6 +73,8 @@ def main(cfg: Config) -> None:
     set_up_jax(cfg.compile_cache, cfg.deterministic)
     stored = read_config(cfg.checkpoint)
     kind, dtype = stored["kind"], cfg.dtype
+    if kind == "agent":
+        raise InputError(f"`checkpoint` {cfg.checkpoint}: holds a policy, which evaluate_policy.py measures")
     if dtype == "auto":
         dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     model = load(cfg.checkpoint, kind, Compute(dtype=dtype))
@@ -160,14 +160,6 @@ def summarise(metrics: dict[str, Any]) -> None:
         value = metrics[metric.key]
         text = "not measured" if value is None else f"{value:.3f} {metric.unit}".rstrip()
         print(f"{metric.key:>22} {text}")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ lengths stand beside plans chosen blindly, sticky play and random play. Prints a
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agents.planning import PlanningPlayer, Shooter
+from agents.planning import Shooter, WorldPlanner
 from agents.worlds import read_labels
+from evaluation.measured import write_json
 from evaluation.statistics import figure
 from evaluation.table import figure_text, markdown_table
 from models.errors import InputError
 from models.genie import World, load_world, stored_sampling
-from sources.environment import RecordingOptions
+from sources.environment import RecordingOptions, options_of
+from sources.once import Player, Scripted, play
 from sources.policies import choose_actions
 from sources.procgen import Procgen
 from sources.registry import find_environment
@@ -74,45 +75,11 @@ def open_game(data_dir: str) -> tuple[Procgen, RecordingOptions]:
       InputError: It was not recorded from a game of Procgen.
     """
     metadata = read_metadata(data_dir)
-    made_by = metadata.made_by.get("of", metadata.made_by)  # of the clips that were exported with a world
-    if made_by.get("command") != "generate_dataset.py" or "config" not in made_by:
-        raise InputError(
-            f"`data_dir` {data_dir}: not recorded by generate_dataset.py, so there is no game to be played"
-        )
-    options = RecordingOptions(**made_by["config"])
-    game = find_environment(metadata.environment, options)
-    if not isinstance(game, Procgen):
-        raise InputError(
-            f"`data_dir` {data_dir}: {metadata.environment} is no game of Procgen, whose levels are needed"
-        )
+    options = options_of(metadata.made_by)
+    game = None if options is None else find_environment(metadata.environment, options)
+    if options is None or not isinstance(game, Procgen):
+        raise InputError(f"`data_dir` {data_dir}: not recorded from a game of Procgen, so there is none to be played")
     return game, options
-
-
-def play(game: Procgen, options: RecordingOptions, cfg: Config, num: int, player: Any) -> np.ndarray:
-    """Plays each of `num` levels once: 1.0 (num,) for those that were solved in time."""
-    env = game._make(options, cfg.split, num, rand_seed=cfg.seed)
-    solved, playing = np.zeros(num), np.ones(num, bool)
-    for _ in range(cfg.max_steps):
-        env.act(player.act(env.observe()[1]["rgb"], playing))
-        over = playing & env.observe()[2]
-        if over.any():
-            complete = np.array([bool(info["prev_level_complete"]) for info in env.get_info()])
-            solved[over & complete] = 1.0
-            playing &= ~over
-        if not playing.any():
-            break
-    env.close()
-    return solved
-
-
-class Blind:
-    """Plays actions (N, T) one after the other."""
-
-    def __init__(self, actions_NT: np.ndarray):
-        self._steps = iter(actions_NT.T)
-
-    def act(self, frames_NHWC: np.ndarray, playing_N: np.ndarray) -> np.ndarray:
-        return next(self._steps)
 
 
 def world_actions(cfg: Config, world: World, game: Procgen) -> tuple[np.ndarray, Sequence[float]]:
@@ -133,29 +100,27 @@ def main(cfg: Config) -> None:
     game, options = open_game(cfg.data_dir or data_of(cfg.checkpoint))
     true_A, weights_A = world_actions(cfg, world, game)
     propose = lambda rng, num, steps: choose_actions("sticky", weights_A, rng, num, steps)
-    rng, shape = np.random.default_rng(cfg.seed), (cfg.blind_levels, cfg.max_steps)
     planner: dict[str, Any] = {"propose": propose, "held": cfg.held, "num_plans": cfg.num_plans, "true_A": true_A}
-    planner |= {"idle": game.action_names.index(game.idle_action), "seed": cfg.seed}
-    players: dict[str, Any] = {
-        "random": lambda: Blind(choose_actions("uniform", game.weights_A, rng, *shape)),
-        "sticky": lambda: Blind(choose_actions("sticky", game.weights_A, rng, *shape)),
-        f"plans of {cfg.held}, chosen blindly": lambda: PlanningPlayer(None, **planner, length=cfg.held),
+    planner |= {"idle": game.action_names.index(game.idle_action or ""), "seed": cfg.seed}
+    rng, shape = np.random.default_rng(cfg.seed), (cfg.blind_levels, cfg.max_steps)
+    players: dict[str, Player] = {
+        policy: Scripted(choose_actions(policy, game.weights_A, rng, *shape)) for policy in ("uniform", "sticky")
     }
+    players[f"plans of {cfg.held}, chosen blindly"] = WorldPlanner(None, **planner, length=cfg.held)
     shooter = Shooter(world, stored_sampling(cfg.checkpoint), cfg.seed)
-    for length in cfg.lengths:
-        players[f"plans of {length}"] = lambda length=length: PlanningPlayer(shooter, **planner, length=length)
+    plans = {f"plans of {length}": WorldPlanner(shooter, **planner, length=length) for length in cfg.lengths}
     found, rows = {}, []
-    for name, make in players.items():
+    for name, player in (players | plans).items():
         began = time.perf_counter()
-        blind = not name.startswith("plans") or "blindly" in name
-        solved = play(game, options, cfg, cfg.blind_levels if blind else cfg.num_levels, make())
-        of_all = figure(solved)
-        found[name] = of_all._asdict() | {"solved": solved.tolist(), "seconds": round(time.perf_counter() - began, 1)}
-        rows.append((name, figure_text(of_all._asdict()), str(of_all.n), f"{found[name]['seconds']:.0f}"))
-        print(f"{name}: {rows[-1][1]} of {of_all.n} levels solved ({rows[-1][3]} s)", flush=True)
+        levels = game.levels(options, cfg.split, cfg.num_levels if name in plans else cfg.blind_levels, cfg.seed)
+        solved_N = play(levels, player, cfg.max_steps, len(game.action_names)).solved_N
+        levels.close()
+        of_all, seconds = figure(solved_N), round(time.perf_counter() - began, 1)
+        found[name] = of_all._asdict() | {"solved": solved_N.astype(int).tolist(), "seconds": seconds}
+        rows.append((name, figure_text(of_all._asdict()), str(of_all.n), f"{seconds:.0f}"))
+        print(f"{name}: {rows[-1][1]} of {of_all.n} levels solved ({seconds:.0f} s)", flush=True)
     folder = Path(cfg.output_dir or output_of(cfg.checkpoint, "planning"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "planning.json").write_text(json.dumps(found | {"config": dataclasses.asdict(cfg)}, indent=1) + "\n")
+    write_json(folder / "planning.json", found | {"config": dataclasses.asdict(cfg)})
     print("\n".join(markdown_table(("who plays", "share of levels solved", "levels", "seconds"), rows)))
     print(f"wrote {folder}/planning.json")
 

@@ -80,8 +80,8 @@ def repeat(state: Any, times: int) -> Any:
     return state._replace(**{name: part(value) for name, value in state._asdict().items() if name != "frame"})
 
 
-class PlanningPlayer:
-    """Plays N levels of the real game side by side, of which it sees the frames alone.
+class WorldPlanner:
+    """Plays N levels of the real game side by side (`sources.once.Player`), of which it sees the frames alone.
 
     Args:
       shooter: None plays the first plan that comes to mind, for comparison.
@@ -111,11 +111,7 @@ class PlanningPlayer:
         self._true_A, self._idle, self._step = true_A, idle, 0
 
     def act(self, frames_NHWC: np.ndarray, playing_N: np.ndarray) -> np.ndarray:
-        """Actions (N,) int32 by what is seen now; it is called once for every step, and with the first frames at first.
-
-        Args:
-          playing_N: Which levels are not over.
-        """
+        """Actions (N,) int32."""
         N = len(frames_NHWC)
         if self._step == 0:
             self._seen_NTHWC = np.repeat(frames_NHWC[:, None], CONTEXT, axis=1)

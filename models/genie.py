@@ -20,6 +20,7 @@ from models.heads import Heads, HeadsConfig, Judged
 from models.lam import LAM, LAMConfig
 from models.maskgit import MaskGIT
 from models.nn import Compute
+from models.policy import Agent, AgentConfig, PolicyConfig
 from models.sampling import SamplingConfig
 from models.stored import all_steps, first_line, newest_whole, read_items
 from models.tokenizer import Tokenizer, TokenizerConfig
@@ -86,8 +87,9 @@ KINDS: dict[str, tuple[type, type]] = {
     "tokenizer": (Tokenizer, TokenizerConfig),
     "lam": (LAM, LAMConfig),
     "world": (World, WorldConfig),
+    "agent": (Agent, AgentConfig),
 }
-Model = TypeVar("Model", Tokenizer, LAM, World)
+Model = TypeVar("Model", Tokenizer, LAM, World, Agent)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -119,6 +121,11 @@ def model_config(kind: str, fields: dict[str, Any]) -> Any:
             dynamics=_as_config(DynamicsConfig, fields["dynamics"]),
             window=fields["window"],
             heads=None if heads is None else _as_config(HeadsConfig, heads),
+        )
+    if kind == "agent":
+        lam = fields["lam"]
+        return AgentConfig(
+            policy=_as_config(PolicyConfig, fields["policy"]), lam=None if lam is None else model_config("lam", lam)
         )
     return _as_config(KINDS[kind][1], fields)
 
@@ -153,7 +160,7 @@ def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | 
 
     Args:
       path: The folder that holds `config.json`: a training's, or that of an exported world.
-      kind: "tokenizer", "lam" or "world"; the former two are also taken out of a world.
+      kind: "tokenizer", "lam", "world" or "agent"; the former two are also taken out of a world.
       step: Which checkpoint; by default the latest that is whole, with a warning if a later one is damaged. The moving
         average of the parameters is taken where there is one.
     Raises:
@@ -252,3 +259,8 @@ def load_lam(path: str | Path, compute: Compute = Compute(), step: int | None = 
 def load_world(path: str | Path, compute: Compute = Compute(), step: int | None = None) -> World:  # noqa: B008
     """Loads a world; see `load`."""
     return load(path, "world", compute, step)
+
+
+def load_agent(path: str | Path, compute: Compute = Compute(), step: int | None = None) -> Agent:  # noqa: B008
+    """Loads a policy, with its LAM if it has one; see `load`."""
+    return load(path, "agent", compute, step)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import agents
-from agents.planning import PlanningPlayer
+from agents.planning import WorldPlanner
 from agents.worlds import read_labels, real_actions
 from models.dynamics import DynamicsConfig
 from models.errors import InputError
@@ -95,7 +95,7 @@ def test_a_player_does_what_it_planned_and_remembers_it():
     scores, turn = Scores(), iter(range(100))
     propose = lambda rng, num, steps: (np.arange(num)[:, None] % 3 + 10 * next(turn) + np.zeros((1, steps))).astype(int)
     true = np.arange(1000) + 1000
-    player = PlanningPlayer(scores, propose, length=4, held=2, num_plans=3, true_A=true, idle=7, seed=0)
+    player = WorldPlanner(scores, propose, length=4, held=2, num_plans=3, true_A=true, idle=7, seed=0)
     frame = lambda t: np.full((2, 4, 4, 3), t, np.uint8)
     playing = np.array([True, True])
     done = [player.act(frame(t), playing).tolist() for t in range(3)]
