@@ -21,6 +21,7 @@ from evaluation.statistics import figure
 from evaluation.table import figure_text, markdown_table
 from models.errors import InputError
 from models.genie import World, load_world, stored_sampling
+from models.sampling import SamplingFlags
 from sources.environment import RecordingOptions, options_of
 from sources.once import Player, Scripted, play
 from sources.policies import choose_actions
@@ -32,7 +33,7 @@ from utils.records import read_metadata
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(SamplingFlags):
     """Measures a world by the levels of the real game that plans made in it solve."""
 
     checkpoint: str = "runs/dynamics"
@@ -61,6 +62,7 @@ class Config:
     """Folder of compiled programs, for quick restarts; empty for none."""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("held", "num_plans", "num_levels", "blind_levels", "max_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}` {getattr(self, name)}: must be at least 1")
@@ -87,7 +89,7 @@ def world_actions(cfg: Config, world: World, game: Procgen) -> tuple[np.ndarray,
     if world.lam is None:
         return np.arange(len(game.action_names)), game.weights_A
     labels = read_labels(cfg.checkpoint, world.num_actions)
-    return np.array([game.action_names.index(label.true) for label in labels]), [label.count + 1 for label in labels]
+    return np.array([game.action_names.index(label.true) for label in labels]), [label.steps + 1 for label in labels]
 
 
 def main(cfg: Config) -> None:
@@ -107,7 +109,7 @@ def main(cfg: Config) -> None:
         policy: Scripted(choose_actions(policy, game.weights_A, rng, *shape)) for policy in ("uniform", "sticky")
     }
     players[f"plans of {cfg.held}, chosen blindly"] = WorldPlanner(None, **planner, length=cfg.held)
-    shooter = Shooter(world, stored_sampling(cfg.checkpoint), cfg.seed)
+    shooter = Shooter(world, cfg.over(stored_sampling(cfg.checkpoint)), cfg.seed)
     plans = {f"plans of {length}": WorldPlanner(shooter, **planner, length=length) for length in cfg.lengths}
     found, rows = {}, []
     for name, player in (players | plans).items():

@@ -1,7 +1,7 @@
 """A world as an environment of Gymnasium, for any agent library; alone, or many on the device in one compiled step."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import jax
@@ -87,7 +87,7 @@ def action_space(world: World, num_actions: int) -> gymnasium.Space:
     if not cfg.action_values:
         return gymnasium.spaces.Discrete(num_actions)
     if all(cfg.action_values):
-        return gymnasium.spaces.MultiDiscrete(cfg.action_values)
+        return gymnasium.spaces.MultiDiscrete(np.array(cfg.action_values))
     if any(cfg.action_values):
         raise InputError("this world's actions have discrete and real columns, for which there is no environment")
     mean, scale = (np.array(x, np.float32) for x in (cfg.action_mean, cfg.action_scale))
@@ -108,7 +108,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv):
       max_episode_steps: Steps of an episode at most; 0 for no limit.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.NEXT_STEP}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
 
     def __init__(
         self,
@@ -120,13 +120,14 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv):
     ):
         self.played = open_world(checkpoint, **of_world)
         self.num_envs, self.max_episode_steps, self.render_mode = num_envs, max_episode_steps, render_mode
-        self.metadata = {**WorldVectorEnv.metadata, "render_fps": self.played.fps}  # type: ignore[misc]
+        self.metadata = {**WorldVectorEnv.metadata, "render_fps": self.played.fps}
         self.action_names = self.played.action_names
         self.single_observation_space = gymnasium.spaces.Box(0, 255, self.played.frame_shape, np.uint8)
         self.single_action_space = self.played.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._states: Any = None
+        self._frames_BHWC = np.zeros((num_envs, *self.played.frame_shape), np.uint8)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -177,12 +178,12 @@ class WorldEnv(gymnasium.Env):
     Its length is limited by `gymnasium.make`, to 300 steps unless `max_episode_steps` says otherwise.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012
 
     def __init__(self, checkpoint: str, render_mode: str | None = None, **of_world: Any):
         self._one = WorldVectorEnv(checkpoint, 1, 0, render_mode, **of_world)
         self.render_mode = render_mode
-        self.metadata = {**WorldEnv.metadata, "render_fps": self._one.played.fps}  # type: ignore[misc]
+        self.metadata = {**WorldEnv.metadata, "render_fps": self._one.played.fps}
         self.action_names = self._one.action_names
         self.observation_space, self.action_space = self._one.single_observation_space, self._one.single_action_space
 

@@ -76,7 +76,7 @@ class Label(NamedTuple):
 
     true: str
     share: float
-    count: int
+    steps: int
 
 
 def read_labels(checkpoint: str, num_actions: int) -> list[Label]:

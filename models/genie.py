@@ -58,7 +58,8 @@ class World(nnx.Module):
         self.tokenizer = Tokenizer(cfg.tokenizer, compute, rngs)
         self.lam = LAM(cfg.lam, compute, rngs) if cfg.lam else None
         self.dynamics = DYNAMICS[cfg.dynamics.kind](cfg.dynamics, compute, rngs)
-        self.heads = Heads(cfg.heads, cfg.dynamics.width, compute, rngs) if cfg.heads else None
+        size = cfg.dynamics.num_patches, cfg.dynamics.width
+        self.heads = Heads(cfg.heads, *size, compute, rngs) if cfg.heads else None
         self.dynamics.keeps_hidden = cfg.heads is not None
 
     @property

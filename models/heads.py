@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models import init
 from models.ends import GOES_ON, TIME_UP
 from models.kernels import RMSNorm
 from models.nn import Compute, linear
@@ -50,10 +51,11 @@ class Judged(NamedTuple):
 
 
 class Head(nnx.Module):
-    """A small network on the hidden states of a frame and, if it is known, the action after it."""
+    """A small network on the hidden states of a frame's N places and, if it is known, the action after it."""
 
-    def __init__(self, width: int, outputs: int, sees_action: bool, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, places: int, width: int, outputs: int, sees_action: bool, compute: Compute, rngs: nnx.Rngs):
         self.norm = RMSNorm(width)
+        self.place_NM = init.embeddings(rngs, places, width)  # hidden states hardly say where they stand
         self.look = linear(width, QUERIES, compute, rngs)
         self.frame_in = linear(QUERIES * width, width, compute, rngs, bias=True)
         if sees_action:
@@ -65,7 +67,7 @@ class Head(nnx.Module):
 
     def __call__(self, hidden_XNM: jax.Array, action_XM: jax.Array | None) -> jax.Array:
         """Logits (..., outputs), float32."""
-        x_XNM = self.norm(hidden_XNM)
+        x_XNM = self.norm(hidden_XNM) + self.place_NM[...].astype(hidden_XNM.dtype)
         weights_XNQ = jax.nn.softmax(self.look(x_XNM).astype(jnp.float32), axis=-2).astype(x_XNM.dtype)
         seen_XQM = jnp.einsum("...nq,...nm->...qm", weights_XNQ, x_XNM)
         x_XM = self.frame_in(seen_XQM.reshape(*seen_XQM.shape[:-2], -1))
@@ -77,12 +79,12 @@ class Head(nnx.Module):
 class Heads(nnx.Module):
     """Those of a world; they learn from the dynamics model and teach it nothing."""
 
-    def __init__(self, cfg: HeadsConfig, width: int, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, cfg: HeadsConfig, places: int, width: int, compute: Compute, rngs: nnx.Rngs):
         self.cfg = cfg
         if "reward" in cfg.names:
-            self.reward = Head(width, BINS, cfg.sees_action, compute, rngs)
+            self.reward = Head(places, width, BINS, cfg.sees_action, compute, rngs)
         if "end" in cfg.names:
-            self.end = Head(width, 3, cfg.sees_action, compute, rngs)  # goes on, lost, solved
+            self.end = Head(places, width, 3, cfg.sees_action, compute, rngs)  # goes on, lost, solved
 
     def __call__(self, hidden_XNM: jax.Array, action_XM: jax.Array) -> Judged:
         """Judges actions.

@@ -113,8 +113,11 @@ def make(world, **how):
     return gymnasium().make("agents:jafar/World-v0", checkpoint=str(world), **how)
 
 
-def make_vec(world, num_envs=3, **how):
-    return gymnasium().make_vec("agents:jafar/World-v0", num_envs=num_envs, checkpoint=str(world), **how)
+@pytest.fixture(scope="module")
+def envs(world):
+    """Three rollouts, limited to two steps."""
+    how = {"checkpoint": str(world), "num_envs": 3, "max_episode_steps": 2}
+    return gymnasium().make_vec("agents:jafar/World-v0", **how)
 
 
 def test_gymnasium_finds_nothing_wrong(world):
@@ -128,9 +131,8 @@ def test_gymnasium_finds_nothing_wrong(world):
     env.close()
 
 
-def test_a_rollout_in_gymnasium_is_the_worlds(world):
-    """The same prompt, actions and seed give the same; others differ. Alone or among others, rewards are the heads'."""
-    env = make_vec(world, prompt_frames=2, max_episode_steps=3)
+def test_the_same_seed_and_actions_give_the_same(envs):
+    env = envs
     frames, _ = env.reset(seed=0)
     assert frames.dtype == np.uint8
     assert frames in env.observation_space
@@ -146,8 +148,8 @@ def test_a_rollout_in_gymnasium_is_the_worlds(world):
     assert (first[1][1][2], *first[1][0][2].flat) != (second[1][1][2], *second[1][0][2].flat)
 
 
-def test_episodes_end_and_begin_anew(world):
-    env = make_vec(world, max_episode_steps=2)
+def test_episodes_end_and_begin_anew(envs):
+    env = envs
     env.reset(seed=5)
     over, seen = np.zeros(3, bool), 0
     prompts = np.asarray(env.played.worlds._given[1].frames_PTHWC)[:, -1]
@@ -168,27 +170,26 @@ def test_episodes_end_and_begin_anew(world):
 
 
 def test_real_actions_are_done_by_latent_ones(world):
-    real, latent = make_vec(world, 2, actions="real"), make_vec(world, 2)
-    assert real.action_names == ("BACK", "ON")
-    assert real.single_action_space.n == 2
-    assert latent.single_action_space.n == 3
-    steps = []
-    for env, actions in ((real, [0, 1]), (latent, [1, 2])):
-        env.reset(seed=3)
-        steps.append(env.step(np.array(actions)))
-    np.testing.assert_array_equal(steps[0][0], steps[1][0])
-    np.testing.assert_array_equal(steps[0][1], steps[1][1])
+    gymnasium()
+    from agents.world_env import open_world
+
+    real, latent = open_world(str(world), actions="real"), open_world(str(world), prompt_frames=2)
+    assert (real.action_names, real.action_space.n, latent.action_space.n) == (("BACK", "ON"), 2, 3)
+    np.testing.assert_array_equal(real.own_actions(np.array([0, 1, 1])), [1, 2, 2])
+    np.testing.assert_array_equal(latent.own_actions(np.array([0, 2])), [0, 2])
     with pytest.raises(InputError, match='must be "latent" or "real"'):
-        make_vec(world, actions="any")
+        open_world(str(world), actions="any")
+    with pytest.raises(InputError, match="`prompt_frames` 6: must be from 1 to 5"):
+        open_world(str(world), prompt_frames=6)
 
 
 def test_the_readmes_lines_run_an_agent(world):
     """A random agent by README's own lines; and a small one that is taught by a step of policy gradient."""
     gymnasium()
     [code] = [block for block in (ROOT / "README.md").read_text().split("```python\n")[1:] if "make_vec" in block]
-    code = code.split("```")[0].replace('checkpoint="runs/dynamics"', f"checkpoint={str(world)!r}").replace("1000", "3")
+    code = code.split("```")[0].replace("1000", "3").replace("num_envs=16", "num_envs=3")
     names: dict = {}
-    exec(code, names)
+    exec(code.replace('checkpoint="runs/dynamics"', f"checkpoint={str(world)!r}"), names)
     envs = names["envs"]
     frames, _ = envs.reset(seed=0)
     table = jnp.zeros((8 * 8 * 3, int(envs.single_action_space.n)))
