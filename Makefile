@@ -1,4 +1,4 @@
-# make setup | demo | world | play | test | test-all | lint | fit; everything is installed into .venv (what fit needs into
+# make setup | demo | world | agent | play | test | test-all | lint | fit; everything is installed into .venv (what fit needs into
 # .venv-fit), and nothing outside it is touched.
 SHELL := /bin/bash
 VENV := .venv
@@ -13,7 +13,7 @@ FIT := .venv-fit
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo world play eval-deps env-deps reader-deps browser test test-all lint requirements fit-deps fit clean
+.PHONY: setup demo world agent play eval-deps env-deps reader-deps browser test test-all lint requirements fit-deps fit clean
 
 setup: $(VENV)/installed
 
@@ -29,6 +29,9 @@ demo: setup  ## real CoinRun, three trainings, a rollout and its measurement, in
 world: setup  ## the demo's way with your own data: make world DATA=my_videos, a folder of videos or a dataset
 	@test -n "$(DATA)" || { echo "error: make world DATA=FOLDER wants a folder of videos, arrays or pictures, or a dataset"; exit 1; }
 	$(PY) demo.py --data_dir "$(DATA)"
+
+agent: setup  ## after the demo, or with it: clones who solves CoinRun, from videos without actions, and plays the game
+	$(PY) demo.py --agent
 
 lint: setup
 	$(VENV)/bin/ruff check .

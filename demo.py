@@ -2,6 +2,7 @@
 
     make demo                        # everything goes to runs/demo
     make world DATA=my_videos        # the same with your own videos, or a dataset of your own, in runs/my_videos
+    make agent                       # after the demo: a policy from videos without actions, played in the real game
 
 An interrupted demo continues where it stopped.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.errors import InputError
+from sources.environment import options_of
 from sources.workers import num_cores
 from utils.cli import run
 from utils.records import read_metadata
@@ -41,6 +43,10 @@ class Config:
     """Their rate; default: the rate of most of your videos."""
     init_from: str = ""
     """World whose parameters the three trainings begin with, such as worlds/coinrun-small with --preset small."""
+    agent: bool = False
+    """Once the world is there, clone who solves CoinRun, from videos alone, and play the real game."""
+    expert_episodes: int = 240
+    """Of who solves CoinRun, for the agent."""
     seed: int = 0
     """Of everything: levels, parameters, the order of the data, the choice of clips."""
 
@@ -114,11 +120,46 @@ def estimate(cfg: Config, summary: dict[str, Any]) -> str:
     return f"\nthree trainings and their measurement follow: about {minutes} min on {cores} cores with nothing beside"
 
 
+EXPERT = ("LEFT=1", "LEFT+UP=1", "NONE=1", "UP=1", "RIGHT=4", "RIGHT+UP=8")
+"""How the planner draws its futures: most levels lead to the right."""
+
+
+def agent(cfg: Config, root: Path, data: str, lam: str) -> None:
+    """Clones who solves CoinRun by latent actions, and for comparison by true ones; both play levels of the game.
+
+    Raises:
+      InputError: The world was trained on something else.
+    """
+    options = options_of(read_metadata(data).made_by)
+    if options is None or read_metadata(data).environment != "coinrun":
+        raise InputError(f"`agent`: {data} was not recorded from CoinRun; train_policy.py clones from other data")
+    expert, seed = root / "expert", ["--seed", str(cfg.seed)]
+    if not (expert / "metadata.json").exists():
+        looks = ["--no-use_backgrounds"] * (not options.use_backgrounds)
+        looks += ["--restrict_themes"] * options.restrict_themes
+        planner = ["--policy", "planner", "--planner_rollouts", "8", "--planner_explore", "0.1", "--only_solved"]
+        cut = ["--clip_length", "16", "--min_clip_length", "8", "--num_episodes", str(cfg.expert_episodes)]
+        weights = ["--action_weights", *EXPERT]
+        together(["generate_dataset.py", "--output_dir", str(expert), *planner, *cut, *looks, *seed, *weights])
+    policy, oracle = (str(root / name) for name in ("policy", "oracle"))
+    clone = ["train_policy.py", "--preset", "tiny", "--data_dir", str(expert), *seed]
+    together(
+        [*clone, "--ckpt_dir", policy, "--lam_checkpoint", lam],
+        [*clone, "--ckpt_dir", oracle, "--targets", "true"],
+    )
+    few = ["--num_levels", "200", "--curve_levels", "100", "--planner_levels", "50", *seed]
+    together(["evaluate_policy.py", "--checkpoint", policy, "--oracle_checkpoint", oracle, *few])
+
+
 def main(cfg: Config) -> None:
     own = Path(cfg.data_dir).resolve().name
     root = Path(cfg.output_dir or (f"runs/{own}" if cfg.data_dir else "runs/demo"))
     tokenizer, lam, world = (str(root / name) for name in ("tokenizer", "lam", "dynamics"))
     began = time.monotonic()
+    if cfg.agent and (root / "metrics.json").exists():  # the world is there
+        agent(cfg, root, cfg.data_dir or str(root / "data"), lam)
+        print(f"\ndone in {time.monotonic() - began:.0f} s; look at {root}/policy/evaluation/report.html")
+        return
     data = own_data(cfg, root) if cfg.data_dir else coinrun(cfg, root)
     seed = ["--seed", str(cfg.seed)]
     preset = ["--preset", cfg.preset, "--data_dir", data, *seed]
@@ -140,6 +181,8 @@ def main(cfg: Config) -> None:
     file.write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"\ndone in {metrics['wall_s']:.0f} s; look at {root}/samples/rollout.gif and {root}/report.html")
     print(f"play it: make play WORLD={world}")
+    if cfg.agent:
+        main(cfg)
 
 
 if __name__ == "__main__":

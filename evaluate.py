@@ -9,8 +9,6 @@ the checkpoint action_labels.json, what each action does. LPIPS, FVD and the fra
 """
 
 import dataclasses
-import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +20,8 @@ from evaluation.actions import with_names
 from evaluation.buttons import measure_buttons
 from evaluation.clips import digest
 from evaluation.comparison import comparison
-from evaluation.measured import Measured, read_metrics
+from evaluation.measured import Measured, read_metrics, write_json
+from evaluation.outcomes import measure_heads
 from evaluation.page import write_page
 from evaluation.report import sections
 from evaluation.rollouts import Player
@@ -35,6 +34,8 @@ from models.sampling import SamplingFlags
 from utils.checkpoint import data_of, output_of
 from utils.cli import DEFAULT_CACHE, run, set_up_jax
 from utils.data import ClipSource
+
+HEAD_CLIPS = 8  # times as many clips as for all else, or all that there are: ends are rare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,8 @@ def main(cfg: Config) -> None:
     set_up_jax(cfg.compile_cache, cfg.deterministic)
     stored = read_config(cfg.checkpoint)
     kind, compute = stored["kind"], cfg.compute
+    if kind == "agent":
+        raise InputError(f"`checkpoint` {cfg.checkpoint}: holds a policy, which evaluate_policy.py measures")
     model = load(cfg.checkpoint, kind, compute)
     world = model if kind == "world" else None
     tokenizer = world.tokenizer if world else model if kind == "tokenizer" else None
@@ -97,6 +100,8 @@ def main(cfg: Config) -> None:
             measured |= buttons
             labels = with_names(labels, buttons.details["buttons"], actions)
         measured |= measure_world(bench, play, actions, reconstruction, labels)
+        n = HEAD_CLIPS * bench.plan.num_clips
+        measured |= measure_heads(world, bench.source, sampling, n, bench.plan.batch_size, cfg.seed)
         played = {"actions": "inferred" if lam else "true", "sampling": dataclasses.asdict(sampling)}
         measured |= Measured(details=played)
         step_ms = 1000 * bench.plan.batch_size / play.frames_per_second
@@ -151,14 +156,6 @@ def summarise(metrics: dict[str, Any]) -> None:
         value = metrics[metric.key]
         text = "not measured" if value is None else f"{value:.3f} {metric.unit}".rstrip()
         print(f"{metric.key:>22} {text}")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

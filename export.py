@@ -28,7 +28,7 @@ from models.sampling import SamplingConfig, SamplingFlags
 from utils.checkpoint import data_of, is_exported
 from utils.cli import run
 from utils.data import ClipSource, longest_clip
-from utils.records import Clip, Metadata, read_metadata, write_metadata, write_shard
+from utils.records import PER_FRAME, Clip, Metadata, read_metadata, write_metadata, write_shard
 
 CARD = """# {name}
 
@@ -109,7 +109,7 @@ def write_clips(folder: Path, data_dir: str, num_clips: int, num_frames: int, se
     cut: list[Clip] = []
     for clip in [clip for turn in turns for clip in turn if clip][:num_clips]:
         at = int(rng.integers(len(clip) - length + 1))
-        parts = {f: getattr(clip, f) for f in ("frames_THWC", "actions_T", "rewards_T")}
+        parts = {f: getattr(clip, f) for f in PER_FRAME}
         parts = {f: None if values is None else values[at : at + length] for f, values in parts.items()}
         cut.append(dataclasses.replace(clip, **parts))
     shard = write_shard(folder, "val/00000.array_record", cut)

@@ -23,6 +23,7 @@ from models.sampling import SamplingConfig, roll
 from utils.action_source import ActionSource, InferredActions, LearnedActions, StoredActions, TrueActions
 from utils.cli import run
 from utils.data import Batch
+from utils.judge import head_names, heads_config, judge
 from utils.metrics import rollout_quality, usage
 from utils.mixture import open_split
 from utils.records import Metadata
@@ -43,6 +44,8 @@ class Config(TrainConfig):
     """--ckpt_dir of the LAM's training; empty trains a LAM along with the dynamics model."""
     use_gt_actions: bool = False
     """Take the dataset's true actions instead of latent ones."""
+    heads: str = ""
+    """Also learn what actions earn and whether they end a level: reward, end, or both as reward,end."""
     ckpt_dir: str = "runs/dynamics"
     """Folder of this training: checkpoints, config.json, metrics.jsonl, images. Running again resumes."""
     num_steps: int = 200_000
@@ -115,10 +118,11 @@ def loss_fn(world: World, inputs: tuple[Batch, Any], source: ActionSource, train
     batch, drawn = inputs
     tokens_BTN, frames, last = see(world, batch, drawn)
     acted = source.actions(world, batch, frames, train)
-    loss, metrics = world.dynamics.loss(Seen(tokens_BTN, frames, last, acted.actions_BTm1), drawn)
+    loss, metrics = world.dynamics.loss(seen := Seen(tokens_BTN, frames, last, acted.actions_BTm1), drawn)
+    judged, told = judge(world, seen, batch, train)
     if acted.codes:
         metrics["lam_loss"] = jnp.asarray(acted.loss)
-    return loss + acted.loss, (metrics, acted.codes)
+    return loss + acted.loss + judged, (metrics | told, acted.codes)
 
 
 def see(world: World, batch: Batch, drawn: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -195,19 +199,19 @@ def world_config(cfg: Config, metadata: Metadata, source: ActionSource) -> World
         frame_shape=tokenizer.frame_shape,
         **source.actions_of(metadata),
     )
-    return WorldConfig(tokenizer, source.lam, dynamics, window=cfg.seq_len)
+    return WorldConfig(tokenizer, source.lam, dynamics, cfg.seq_len, heads_config(cfg.heads, cfg.use_gt_actions))
 
 
 def clip_flops(world_cfg: WorldConfig, source: ActionSource, from_tokens: bool = False) -> int:
     """Floating-point operations of a training step for one clip; frozen parts only run forward."""
     encode = 0 if from_tokens else flops.tokenizer_encode(world_cfg.tokenizer, world_cfg.window)
     dynamics = DYNAMICS[world_cfg.dynamics.kind].flops(world_cfg.dynamics, world_cfg.window)
-    return 3 * dynamics + encode + source.flops(world_cfg.window)
+    return (4 if world_cfg.heads else 3) * dynamics + encode + source.flops(world_cfg.window)
 
 
 def main(cfg: Config) -> None:
     cfg = start(cfg)
-    train, val = (open_split(cfg.data_dir, split, cfg.seq_len, tokens_too=True) for split in ("train", "val"))
+    train, val = (open_split(cfg.data_dir, s, cfg.seq_len, True, head_names(cfg.heads)) for s in ("train", "val"))
     source = choose_actions(cfg, train.metadata)
     world_cfg = world_config(cfg, train.metadata, source)
     trained: dict[str, Any] = {"tokenizer": load_tokenizer(cfg.tokenizer_checkpoint)}

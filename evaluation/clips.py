@@ -22,11 +22,14 @@ class Clips(NamedTuple):
     frames_BTHWC: uint8.
     actions_BT: int32, or rows; `actions_BT[:, t]` leads to frame t + 1. None where the dataset has none.
     levels_B: A number for the level of each; where the dataset knows none, for the record.
+    rewards_BT, ends_BT: See `utils.data.Batch`.
     """
 
     frames_BTHWC: np.ndarray
     actions_BT: np.ndarray | None
     levels_B: np.ndarray
+    rewards_BT: np.ndarray | None = None
+    ends_BT: np.ndarray | None = None
 
 
 def choose_clips(source: ClipSource, num_clips: int, seed: int) -> Clips:
@@ -42,13 +45,13 @@ def choose_clips(source: ClipSource, num_clips: int, seed: int) -> Clips:
     places = []
     for record, length in enumerate(lengths):
         for turn, slot in enumerate(rng.permutation(length // T)):
-            places.append((turn, rng.random(), record, (slot * T + 0.5) / (length - T + 1)))
+            places.append((turn, rng.random(), record, source.position(slot * T, length)))
     chosen = sorted(places)[:num_clips]
     records = [place[2] for place in chosen]
     batch = source.windows(records, [place[3] for place in chosen])
     seeds = [clip.level_seed for i in range(0, len(records), 64) for clip in source.clips(records[i : i + 64])]
     levels = [-1 - record if seed is None else seed for seed, record in zip(seeds, records, strict=True)]
-    return Clips(batch.frames_BTHWC, batch.actions_BT, np.array(levels))
+    return Clips(batch.frames_BTHWC, batch.actions_BT, np.array(levels), batch.rewards_BT, batch.ends_BT)
 
 
 def digest(frames: np.ndarray) -> str:

@@ -21,6 +21,7 @@ from evaluation.table import (
     MEANING,
     METRICS,
     MODELS,
+    OUTCOMES,
     ROLLOUTS,
     VIDEOS,
     Metric,
@@ -37,7 +38,8 @@ AFTER_PROMPT = "frames after the prompt"
 
 def sections(metrics: Metrics, pictures: Pictures, speed: Metrics | None) -> list[Section]:
     """What a report holds; a part that was not measured is left out, a figure that was not says so."""
-    parts = [_fidelity, _motion, _distribution, _control, _buttons, _meaning, _codebooks, _stability, _sampling]
+    parts = [_fidelity, _motion, _distribution, _control, _buttons, _meaning, _outcomes, _codebooks]
+    parts += [_stability, _sampling]
     made = [part(metrics, pictures) for part in parts]
     if speed:
         rows = [
@@ -194,6 +196,16 @@ def _codebooks(metrics: Metrics, pictures: Pictures) -> Section | None:
     if "codes" in pictures:
         blocks.append(pictures["codes"])
     return Section("Codebooks", "Codes that occur on these clips; few clips leave more codes unused.", blocks)
+
+
+def _outcomes(metrics: Metrics, _: Pictures) -> Section | None:
+    if "outcome_clips" not in metrics:
+        return None
+    text = (
+        f"Of {metrics['outcome_clips']} clips. Rollouts go on from their second frame, for {metrics['outcome_steps']} "
+        "steps; scores that tell nothing have the base rate for their average precision."
+    )
+    return Section("Rewards and ends", text, [_figures(metrics, OUTCOMES)])
 
 
 def _stability(metrics: Metrics, _: Pictures) -> Section | None:

@@ -163,6 +163,28 @@ ACCURACY = (
     ),
     Metric("action_accuracy_majority", "most frequent action", "", "", "The same of always naming the most frequent."),
 )
+OUTCOMES = (
+    *(
+        Metric(f"{key}{name}_ap", f"average precision of {name}s{where}", "", "higher", says)
+        for key, where, says in (
+            ("", "", "Of what the heads say of each next step, with the clip in view up to there."),
+            ("rollout_", " in rollouts", "The same in rollouts of the clip's actions from its second frame on."),
+        )
+        for name in ("reward", "end")
+    ),
+    *(
+        Metric(f"{key}{name}_base_rate", f"base rate of {name}s{where}", "", "", f"Share of steps that {does}.")
+        for key, where in (("", ""), ("rollout_", " in rollouts"))
+        for name, does in (("reward", "earn something"), ("end", "end a level"))
+    ),
+    Metric(
+        "return_correlation",
+        "correlation of returns",
+        "",
+        "higher",
+        "Pearson's, of what these rollouts are expected to earn with what the clips earned.",
+    ),
+)
 CODES = (
     Metric("usage", "share used", "", "higher", "Share of the codes that occur on these clips."),
     Metric("perplexity", "perplexity", "", "higher", "So many codes, evenly used, have the same entropy.", 1),
@@ -205,6 +227,7 @@ METRICS = {
         *CONTROL,
         *MEANING,
         *ACCURACY,
+        *OUTCOMES,
         *_each(CODEBOOKS, CODES),
         *_each(VIDEOS, DRIFT),
     )
@@ -255,6 +278,7 @@ def reference() -> str:
     lines += ["### Distribution", "", *metrics(DISTRIBUTION)]
     lines += ["### Controllability", "", *metrics((DELTA_PSNR, *CONTROL))]
     lines += ["### Meaning of latent actions", "", *metrics((*MEANING, *ACCURACY))]
+    lines += ["### Rewards and ends", "", *metrics(OUTCOMES)]
     lines += ["### Codebooks", "", *subjects(CODEBOOKS), *metrics(CODES, "…_")]
     lines += ["### Stability of long rollouts", "", *subjects(VIDEOS), *metrics(DRIFT, "…_")]
     return "\n".join(lines).rstrip()

@@ -68,3 +68,9 @@ def random_actions(cfg: "DynamicsConfig", key: jax.Array, shape: tuple[int, ...]
     whole_key, real_key = jax.random.split(key)
     whole = jnp.floor(jax.random.uniform(whole_key, shape) * values_A)
     return jnp.where(values_A > 0, whole, mean_A + scale_A * jax.random.normal(real_key, shape)).astype(jnp.float32)
+
+
+def actions_to(actions_BTm1: jax.Array) -> jax.Array:
+    """From actions between frames to the action that led to each frame (B, T); none to the first."""
+    none = -1 if jnp.issubdtype(actions_BTm1.dtype, jnp.integer) else jnp.nan
+    return jnp.pad(actions_BTm1, ((0, 0), (1, 0), *((0, 0),) * (actions_BTm1.ndim - 2)), constant_values=none)

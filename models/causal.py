@@ -64,7 +64,7 @@ class Causal(TokenDynamics):
 
     def fill(
         self, state: TokenState, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig, columns: int
-    ) -> tuple[jax.Array, KV]:
+    ) -> tuple[jax.Array, KV, jax.Array]:
         del columns  # the order is fixed
 
         def one_place(carry: tuple[jax.Array, KV], place: jax.Array) -> tuple[tuple[jax.Array, KV], tuple]:
@@ -75,15 +75,18 @@ class Causal(TokenDynamics):
             assert out.space
             log_p_BK = jax.nn.log_softmax(out.logits_BTNK[:, 0, 0])
             token_B = draw_codes(log_p_BK, jax.random.fold_in(key, place), sampling)
-            return (token_B, space.write(out.space, place)), (token_B, out.time)
+            return (token_B, space.write(out.space, place)), (token_B, out.time, out.hidden_BTNM[:, 0, 0])
 
         picture_BNM = self.embed_picture(state.picture_BHWC[:, None])[:, 0] if self.cfg.sees_picture else None
         # The cache along space begins anew in each frame.
         N = self.cfg.num_patches
         space = self.transformer.empty_cache(len(action_B), 1, N)
-        _, (tokens_NB, time) = jax.lax.scan(one_place, (jnp.zeros(len(action_B), jnp.int32), space), jnp.arange(N))
+        _, (tokens_NB, time, hidden_NBM) = jax.lax.scan(
+            one_place, (jnp.zeros(len(action_B), jnp.int32), space), jnp.arange(N)
+        )
         # Stacked over places, the axes are (N, blocks, B, 1, ...).
-        return tokens_NB.T, jax.tree.map(lambda x: jnp.moveaxis(x[:, :, :, 0], 0, 2), time)
+        time = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, :, 0], 0, 2), time)
+        return tokens_NB.T, time, hidden_NBM.swapaxes(0, 1)
 
     def _places(
         self, before_X: jax.Array, actions_XM: jax.Array, previous_X: jax.Array, first_X: jax.Array

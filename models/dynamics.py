@@ -15,8 +15,9 @@ import tyro
 from flax import nnx
 
 from models import flops, init
-from models.actions import ColumnEmbedding
-from models.kernels import KV, products, whole
+from models.actions import ColumnEmbedding, actions_to
+from models.errors import InputError
+from models.kernels import KV, masked_cross_entropy, products, whole
 from models.motion import Damage, draw_damage, frames_before
 from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, patchify
 from models.sampling import SamplingConfig
@@ -77,10 +78,25 @@ class Seen(NamedTuple):
 
 
 class Dynamics(nnx.Module):
-    """What every kind of dynamics model answers to."""
+    """What every kind of dynamics model answers to.
+
+    keeps_hidden: Whether the state of a rollout holds the last frame's hidden states (see `hidden`), for heads; as
+      `hidden_BNM`, else None.
+    """
+
+    keeps_hidden = False
+    action_embedding: Any
+    action_columns: Any
 
     def __init__(self, cfg: DynamicsConfig, compute: Compute, rngs: nnx.Rngs):
         self.cfg = cfg
+
+    def embed_actions(self, actions_X: jax.Array) -> jax.Array:
+        """Embeddings (..., M) of actions; none is the last row."""
+        table_AM = whole(self.action_embedding[...])
+        if not self.cfg.action_values:
+            return table_AM[actions_X]
+        return jnp.where(jnp.isnan(actions_X[..., :1]), table_AM[-1], self.action_columns(actions_X))
 
     @staticmethod
     def flops(cfg: DynamicsConfig, num_frames: int) -> int:
@@ -104,6 +120,14 @@ class Dynamics(nnx.Module):
     def loss(self, seen: Seen, drawn: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of clips, a mean over them, and metrics; `drawn` is theirs of what `draw` gave."""
         raise NotImplementedError
+
+    def hidden(self, seen: Seen) -> jax.Array:
+        """Hidden states (B, T, N, M) of clips that are seen whole; those of frame t know all up to it.
+
+        Raises:
+          InputError: This kind has none to judge by.
+        """
+        raise InputError(f"`heads`: a {self.cfg.kind} dynamics model has no hidden states to judge by; leave them out")
 
     def start(self, tokenizer: Tokenizer, frames_BTHWC: jax.Array, actions_BTm1: jax.Array, window: int) -> Any:
         """Reads prompt frames, at most `window`: a state, a NamedTuple whose `frame` is the index of the next frame.
@@ -129,6 +153,7 @@ class TokenState(NamedTuple):
     tokens_BN: Of the last frame, int32.
     picture_BHWC: The last frame, in [0, 1].
     frame: Index of the next frame, int32.
+    hidden_BNM: Hidden states of the last frame; None unless they are kept.
     """
 
     dynamics: KV
@@ -136,6 +161,7 @@ class TokenState(NamedTuple):
     tokens_BN: jax.Array
     picture_BHWC: jax.Array
     frame: jax.Array
+    hidden_BNM: jax.Array | None
 
 
 class Predicted(NamedTuple):
@@ -213,13 +239,6 @@ class TokenDynamics(Dynamics):
             x_BTNM = x_BTNM.at[:, :, self.extra_places(self.cfg) :].add(self.embed_picture(last_BTHWC))
         return self._predict(x_BTNM, past, keep)
 
-    def embed_actions(self, actions_X: jax.Array) -> jax.Array:
-        """Embeddings (..., M) of actions; none is the last row."""
-        table_AM = whole(self.action_embedding[...])
-        if not self.cfg.action_values:
-            return table_AM[actions_X]
-        return jnp.where(jnp.isnan(actions_X[..., :1]), table_AM[-1], self.action_columns(actions_X))
-
     def embed_picture(self, last_BTHWC: jax.Array) -> jax.Array:
         """What each place takes in of the picture before, (B, T, N, M)."""
         return self.picture_in(2.0 * patchify(last_BTHWC, self.cfg.patch_size) - 1.0)
@@ -232,8 +251,9 @@ class TokenDynamics(Dynamics):
 
     def fill(
         self, state: TokenState, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig, columns: int
-    ) -> tuple[jax.Array, KV]:
-        """Draws the tokens (B, N) of the next frame; also their keys and values along time, which later frames see.
+    ) -> tuple[jax.Array, KV, jax.Array]:
+        """Draws the tokens (B, N) of the next frame; also their keys and values along time, which later frames see, and
+        their hidden states (B, N, M).
 
         Args:
           columns: Tokens in a row of the frame.
@@ -276,6 +296,10 @@ class TokenDynamics(Dynamics):
         loss = jnp.mean(nll_BTN * weight_B11)
         return loss, {"cross_entropy": loss, "accuracy": jnp.mean(hits_BTN * weight_B11)}
 
+    def hidden(self, seen: Seen) -> jax.Array:
+        nothing_BTN, actions_BT = jnp.zeros_like(seen.tokens_BTN, bool), actions_to(seen.actions_BTm1)
+        return self(seen.tokens_BTN, nothing_BTN, actions_BT, last_BTHWC=seen.last_BTHWC).hidden_BTNM
+
     def start(self, tokenizer: Tokenizer, frames_BTHWC: jax.Array, actions_BTm1: jax.Array, window: int) -> TokenState:
         tokens_BTN = tokenizer.encode(frames_BTHWC)
         nothing_BTN = jnp.zeros_like(tokens_BTN, bool)
@@ -286,19 +310,21 @@ class TokenDynamics(Dynamics):
         assert decoded.time
         caches = read.time.padded(window), decoded.time.padded(window)
         picture_BHWC = frames_BTHWC[:, -1].astype(jnp.float32)
-        return TokenState(*caches, tokens_BTN[:, -1], picture_BHWC, jnp.int32(tokens_BTN.shape[1]))
+        hidden_BNM = read.hidden_BTNM[:, -1] if self.keeps_hidden else None
+        return TokenState(*caches, tokens_BTN[:, -1], picture_BHWC, jnp.int32(tokens_BTN.shape[1]), hidden_BNM)
 
     def next_frame(
         self, tokenizer: Tokenizer, state: TokenState, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig
     ) -> tuple[jax.Array, TokenState]:
-        tokens_BN, time = self.fill(state, action_B, key, sampling, tokenizer.cfg.columns)
+        tokens_BN, time, hidden_BNM = self.fill(state, action_B, key, sampling, tokenizer.cfg.columns)
         past = Past(state.decoder, state.frame)
         decoded = tokenizer.decode_after(tokens_BN[:, None], state.picture_BHWC[:, None], past, keep=True)
         assert decoded.time
         slot = state.frame % state.dynamics.k_BRQDS.shape[-1]
         caches = state.dynamics.write(time, slot), state.decoder.write(decoded.time, slot)
         picture_BHWC = jnp.clip(decoded.frames_BTHWC[:, 0], 0.0, 1.0)
-        return picture_BHWC, TokenState(*caches, tokens_BN, picture_BHWC, state.frame + 1)
+        hidden = hidden_BNM if self.keeps_hidden else None
+        return picture_BHWC, TokenState(*caches, tokens_BN, picture_BHWC, state.frame + 1, hidden)
 
     def start_from(self, tokenizer: Tokenizer) -> None:
         """Makes the embeddings of codes alike where the tokenizer's are.
@@ -314,19 +340,3 @@ class TokenDynamics(Dynamics):
         table_KM = self.token_embedding[: self.cfg.num_codes].astype(hidden_BTNM.dtype)
         logits_BTNK = products(hidden_BTNM * (2.0 * self.cfg.width**-0.5), table_KM)
         return Predicted(logits_BTNK, hidden_BTNM, time, space)
-
-
-def actions_to(actions_BTm1: jax.Array) -> jax.Array:
-    """From actions between frames to the action that led to each frame (B, T); none to the first."""
-    none = -1 if jnp.issubdtype(actions_BTm1.dtype, jnp.integer) else jnp.nan
-    return jnp.pad(actions_BTm1, ((0, 0), (1, 0), *((0, 0),) * (actions_BTm1.ndim - 2)), constant_values=none)
-
-
-def masked_cross_entropy(
-    logits_BTNK: jax.Array, tokens_BTN: jax.Array, hidden_BTN: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy in nats and 1 for a right guess, each (B, T, N) float32 and 0 for tokens that were not hidden."""
-    given_BTN = jnp.take_along_axis(logits_BTNK, tokens_BTN[..., None], axis=-1)[..., 0]
-    nll_BTN = jax.nn.logsumexp(logits_BTNK, axis=-1) - given_BTN
-    hits_BTN = (given_BTN == jnp.max(logits_BTNK, axis=-1)).astype(jnp.float32)
-    return jnp.where(hidden_BTN, nll_BTN, 0.0), jnp.where(hidden_BTN, hits_BTN, 0.0)

@@ -24,6 +24,7 @@ from models.nn import STConfig, num_patches
 if TYPE_CHECKING:
     from models.dynamics import DynamicsConfig
     from models.lam import LAMConfig
+    from models.policy import PolicyConfig
     from models.tokenizer import TokenizerConfig
 
 
@@ -104,3 +105,10 @@ def dynamics_forward(cfg: "DynamicsConfig", num_frames: int, past: int = 0, extr
         + transformer(cfg, places, num_frames, past)
         + dense(cfg.num_patches * num_frames, cfg.width, cfg.num_codes)
     )
+
+
+def policy(cfg: "PolicyConfig", num_choices: int) -> int:
+    """Of so many choices of a policy, each by its last frames."""
+    rows, channels = cfg.num_patches * num_choices, cfg.context * cfg.patch_size**2 * cfg.frame_shape[2]
+    gathered = dense(num_choices, cfg.num_patches * cfg.width, cfg.width, cfg.num_actions)
+    return num_choices * transformer(cfg, cfg.num_patches, 1) + dense(rows, channels, cfg.width) + gathered

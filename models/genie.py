@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from models.causal import Causal
 from models.dynamics import Dynamics, DynamicsConfig
 from models.errors import InputError
+from models.heads import Heads, HeadsConfig, Judged
 from models.lam import LAM, LAMConfig
 from models.maskgit import MaskGIT
 from models.nn import Compute
+from models.policy import Agent, AgentConfig, PolicyConfig
 from models.sampling import SamplingConfig
 from models.stored import all_steps, first_line, newest_whole, read_items
 from models.tokenizer import Tokenizer, TokenizerConfig
@@ -37,12 +40,14 @@ class WorldConfig:
 
     lam: None where the dynamics model takes the dataset's true actions.
     window: Frames in a training clip; a rollout sees this many at once.
+    heads: None where the world does not say what actions earn, and where levels end.
     """
 
     tokenizer: TokenizerConfig
     lam: LAMConfig | None
     dynamics: DynamicsConfig
     window: int
+    heads: HeadsConfig | None = None
 
 
 class World(nnx.Module):
@@ -53,6 +58,9 @@ class World(nnx.Module):
         self.tokenizer = Tokenizer(cfg.tokenizer, compute, rngs)
         self.lam = LAM(cfg.lam, compute, rngs) if cfg.lam else None
         self.dynamics = DYNAMICS[cfg.dynamics.kind](cfg.dynamics, compute, rngs)
+        size = cfg.dynamics.num_patches, cfg.dynamics.width
+        self.heads = Heads(cfg.heads, *size, compute, rngs) if cfg.heads else None
+        self.dynamics.keeps_hidden = cfg.heads is not None
 
     @property
     def num_actions(self) -> int:
@@ -65,13 +73,24 @@ class World(nnx.Module):
             raise InputError("this world was trained on true actions and has no latent action model to infer them")
         return self.lam.infer(frames_BTHWC)
 
+    def judge(self, state: Any, action_B: jax.Array) -> Judged:
+        """What actions (B) lead to that are taken in the state of a rollout; without heads, nothing.
+
+        It comes with the next frame, which `models.sampling.next_frame` draws from the same state and actions.
+        """
+        if self.heads is None:
+            none_B = jnp.zeros(len(action_B), jnp.float32)
+            return Judged(none_B, none_B, none_B)
+        return self.heads(state.hidden_BNM, self.dynamics.embed_actions(action_B))
+
 
 KINDS: dict[str, tuple[type, type]] = {
     "tokenizer": (Tokenizer, TokenizerConfig),
     "lam": (LAM, LAMConfig),
     "world": (World, WorldConfig),
+    "agent": (Agent, AgentConfig),
 }
-Model = TypeVar("Model", Tokenizer, LAM, World)
+Model = TypeVar("Model", Tokenizer, LAM, World, Agent)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -96,12 +115,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def model_config(kind: str, fields: dict[str, Any]) -> Any:
     """The frozen configuration of a model from what `config.json` holds."""
     if kind == "world":
-        lam = fields["lam"]
+        lam, heads = fields["lam"], fields.get("heads")
         return WorldConfig(
             tokenizer=model_config("tokenizer", fields["tokenizer"]),
             lam=None if lam is None else model_config("lam", lam),
             dynamics=_as_config(DynamicsConfig, fields["dynamics"]),
             window=fields["window"],
+            heads=None if heads is None else _as_config(HeadsConfig, heads),
+        )
+    if kind == "agent":
+        lam = fields["lam"]
+        return AgentConfig(
+            policy=_as_config(PolicyConfig, fields["policy"]), lam=None if lam is None else model_config("lam", lam)
         )
     return _as_config(KINDS[kind][1], fields)
 
@@ -136,7 +161,7 @@ def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | 
 
     Args:
       path: The folder that holds `config.json`: a training's, or that of an exported world.
-      kind: "tokenizer", "lam" or "world"; the former two are also taken out of a world.
+      kind: "tokenizer", "lam", "world" or "agent"; the former two are also taken out of a world.
       step: Which checkpoint; by default the latest that is whole, with a warning if a later one is damaged. The moving
         average of the parameters is taken where there is one.
     Raises:
@@ -250,3 +275,8 @@ class Inference:
 def load_world(path: str | Path, compute: Compute = Compute(), step: int | None = None) -> World:  # noqa: B008
     """Loads a world; see `load`."""
     return load(path, "world", compute, step)
+
+
+def load_agent(path: str | Path, compute: Compute = Compute(), step: int | None = None) -> Agent:  # noqa: B008
+    """Loads a policy, with its LAM if it has one; see `load`."""
+    return load(path, "agent", compute, step)

@@ -270,3 +270,13 @@ def _products_backward(saved: tuple[jax.Array, jax.Array], grad_XK: jax.Array) -
 
 
 products.defvjp(lambda x_XM, table_KM: (products(x_XM, table_KM), (x_XM, table_KM)), _products_backward)
+
+
+def masked_cross_entropy(
+    logits_BTNK: jax.Array, tokens_BTN: jax.Array, hidden_BTN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy in nats and 1 for a right guess, each (B, T, N) float32 and 0 for tokens that were not hidden."""
+    given_BTN = jnp.take_along_axis(logits_BTNK, tokens_BTN[..., None], axis=-1)[..., 0]
+    nll_BTN = jax.nn.logsumexp(logits_BTNK, axis=-1) - given_BTN
+    hits_BTN = (given_BTN == jnp.max(logits_BTNK, axis=-1)).astype(jnp.float32)
+    return jnp.where(hidden_BTN, nll_BTN, 0.0), jnp.where(hidden_BTN, hits_BTN, 0.0)

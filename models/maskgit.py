@@ -57,7 +57,7 @@ class MaskGIT(TokenDynamics):
 
     def fill(
         self, state: TokenState, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig, columns: int
-    ) -> tuple[jax.Array, KV]:
+    ) -> tuple[jax.Array, KV, jax.Array]:
         past = Past(state.dynamics, state.frame)
 
         def read(tokens_B1N: jax.Array, hidden_B1N: jax.Array) -> Predicted:
@@ -70,9 +70,9 @@ class MaskGIT(TokenDynamics):
         tokens_BN = fill_tokens(logits, (len(action_B), self.cfg.num_patches), key, sampling, columns)
         # Once more with all tokens in view: these keys and values are what later frames see.
         tokens_B1N = tokens_BN[:, None]
-        time = read(tokens_B1N, jnp.zeros_like(tokens_B1N, bool)).time
-        assert time
-        return tokens_BN, time
+        out = read(tokens_B1N, jnp.zeros_like(tokens_B1N, bool))
+        assert out.time
+        return tokens_BN, out.time, out.hidden_BTNM[:, 0]
 
 
 def fill_tokens(

@@ -141,12 +141,25 @@ def roll(
     """As `rollout`, for use inside of what is compiled already."""
     T = frames_BTHWC.shape[1]
     state = start_rollout(world, frames_BTHWC, actions_BS[:, : T - 1])
+    return imagine(world, state, actions_BS[:, T - 1 :], key, cfg)[0]
 
-    def play(state: Any, action_B: jax.Array) -> tuple[Any, jax.Array]:
+
+def imagine(
+    world: "World", state: Any, actions_BS: jax.Array, key: jax.Array, cfg: SamplingConfig
+) -> tuple[jax.Array, Any]:
+    """Plays actions on from a state, for use inside of what is compiled already.
+
+    Returns:
+      Frames (B, S, H, W, C), and what the world's heads say of each action (`models.heads.Judged`, of (B, S)).
+    """
+
+    def play(state: Any, action_B: jax.Array) -> tuple[Any, tuple[jax.Array, Any]]:
+        judged = world.judge(state, action_B)
         frame_BHWC, state = next_frame(world, state, action_B, jax.random.fold_in(key, state.frame), cfg)
-        return state, frame_BHWC
+        return state, (frame_BHWC, judged)
 
-    return jax.lax.scan(play, state, actions_BS[:, T - 1 :].swapaxes(0, 1))[1].swapaxes(0, 1)
+    _, found = jax.lax.scan(play, state, actions_BS.swapaxes(0, 1))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
 def draw_codes(log_p_XK: jax.Array, key: jax.Array, cfg: SamplingConfig) -> jax.Array:

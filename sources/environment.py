@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from models.errors import InputError
+from sources.once import Levels
 from utils.actions import ActionColumn
 
 EPISODE_STEPS = 1000
@@ -30,6 +31,11 @@ class RecordingOptions:
     planner_explore: float = 0.2
     """Of the planner: share of its decisions, one in 16 time steps, at which it acts at random until the next one, so
     that mistakes are in the data too."""
+    action_weights: tuple[str, ...] = ()
+    """Procgen: how often sticky, and the planner in its futures, choose an action, by comparison: RIGHT=1 RIGHT+UP=3;
+    those that are not named are not chosen. Empty takes the game's own."""
+    only_solved: bool = False
+    """Keep no clips but those of levels that were solved in the end, to be imitated."""
     clip_length: int = 32
     """Frames in a clip. The last clip of a level reaches back over frames of the one before it to be as long; only a
     level that is shorter gives a shorter one."""
@@ -87,7 +93,7 @@ class RecordingOptions:
 PLANNER_OPTIONS = ("planner_rollouts", "planner_explore")
 PROCGEN_OPTIONS = (
     *("distribution_mode", "use_backgrounds", "restrict_themes", "use_monochrome_assets", "center_agent"),
-    *PLANNER_OPTIONS,
+    *("action_weights", *PLANNER_OPTIONS),
 )
 GYMNASIUM_OPTIONS = ("height", "width", "frame_skip", "sticky_actions", "env_kwargs")
 SPECIAL_OPTIONS = {*PROCGEN_OPTIONS, *GYMNASIUM_OPTIONS}
@@ -160,6 +166,14 @@ class Environment(ABC):
           InputError: A value of the options does not work here, or a package is missing.
         """
 
+    def levels(self, options: RecordingOptions, split: str, num: int, seed: int) -> Levels:
+        """Levels of a split, to be played once each: a function of the arguments alone.
+
+        Raises:
+          InputError: It has none that can be played so.
+        """
+        raise InputError(f"{self.name}: a policy cannot be played there")
+
     def provenance(self, options: RecordingOptions) -> dict[str, Any]:
         """What metadata.json and a continued run should know beside the options: versions, seeds of levels."""
         return {"versions": {"numpy": np.__version__}}
@@ -179,3 +193,13 @@ class Environment(ABC):
                 options.expect(field.name, value == field.default, f"nothing: {self.name} has no such option")
         options.expect("policy", options.policy in self.policies, f"{' or '.join(self.policies)} for {self.name}")
         return used
+
+
+def options_of(made_by: Mapping[str, Any]) -> RecordingOptions | None:
+    """What a dataset was recorded with, by `Metadata.made_by`; None where it was not recorded from an environment."""
+    made_by = made_by.get("of", made_by)  # of the clips that were exported with a world
+    config = made_by.get("config")
+    if made_by.get("command") != "generate_dataset.py" or not isinstance(config, dict):
+        return None
+    values: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in config.items()}
+    return RecordingOptions(**values)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from models.errors import InputError
 from sources.environment import EPISODE_STEPS, GYMNASIUM_OPTIONS, Environment, Recording, RecordingOptions
+from sources.once import Stepped
 from sources.spaces import choose, handed_over, space_of
 
 # Seeds of a reset, so far apart that no split of any dataset shares one with another split of any other.
@@ -71,7 +72,7 @@ class Gymnasium(Environment):
         rewards_BT = np.zeros((B, T), np.float32)
         first_BT, terminated_BT, truncated_BT = (np.zeros((B, T), bool) for _ in range(3))
         levels_BT = np.empty((B, T), np.int32)
-        steps = 1 if self.id.startswith("ALE/") else options.frame_skip or 1  # Atari's skips by itself, faster
+        steps = self.steps(options)
         for b in range(B):
             over = True
             for t in range(T):
@@ -93,6 +94,11 @@ class Gymnasium(Environment):
         env.close()
         return Recording(frames_BTHWC, actions_BT, rewards_BT, first_BT, levels_BT, terminated_BT, truncated_BT)
 
+    def levels(self, options: RecordingOptions, split: str, num: int, seed: int) -> "GymnasiumLevels":
+        """Of all seeds of the split, be there fewer in a dataset: hardly one comes twice."""
+        seeds_N = FIRST_SEED[split] + np.random.default_rng(seed).integers(MAX_SEEDS, size=num)
+        return GymnasiumLevels(self, options, seeds_N)
+
     def _make(self, options: RecordingOptions) -> Any:
         """The environment.
 
@@ -112,6 +118,10 @@ class Gymnasium(Environment):
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"`env` {self.name}: cannot be made ({reason})") from error
 
+    def steps(self, options: RecordingOptions) -> int:
+        """The environment's steps in a time step."""
+        return 1 if self.id.startswith("ALE/") else options.frame_skip or 1  # Atari's skips by itself, faster
+
     def _rate(self, env: Any, options: RecordingOptions) -> float:
         """Frames per second."""
         if self.id.startswith("ALE/"):
@@ -127,6 +137,41 @@ class Gymnasium(Environment):
         if frame.dtype != np.uint8:  # MinAtar's are from 0 to 1
             frame = (255 * frame).round().astype(np.uint8)
         return resize(frame, *self.frame_shape[:2])
+
+
+class GymnasiumLevels:
+    """An episode from each of some seeds, in environments of their own (`sources.once.Levels`)."""
+
+    tells_solved = False
+
+    def __init__(self, game: Gymnasium, options: RecordingOptions, seeds_N: np.ndarray):
+        self.levels_N, self._game, self._steps = seeds_N, game, game.steps(options)
+        self._envs = [game._make(options) for _ in seeds_N]
+        self._shown = [
+            game._frame(env, env.reset(seed=int(seed))[0]) for env, seed in zip(self._envs, seeds_N, strict=True)
+        ]
+        self._over_N = np.zeros(len(seeds_N), bool)
+
+    def frames(self) -> np.ndarray:
+        return np.stack(self._shown)
+
+    def step(self, actions_N: np.ndarray) -> Stepped:
+        rewards_N = np.zeros(len(self._envs), np.float32)
+        for i in np.flatnonzero(~self._over_N):
+            env = self._envs[i]
+            action = handed_over(env.action_space, actions_N[i])
+            for _ in range(self._steps):
+                observation, reward, terminated, truncated, _ = env.step(action)
+                rewards_N[i] += reward
+                self._over_N[i] = terminated or truncated
+                if self._over_N[i]:
+                    break
+            self._shown[i] = self._game._frame(env, observation)
+        return Stepped(self.frames(), rewards_N, self._over_N.copy(), np.zeros(len(self._envs), bool))
+
+    def close(self) -> None:
+        for env in self._envs:
+            env.close()
 
 
 def is_picture(space: Any) -> bool:

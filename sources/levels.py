@@ -95,13 +95,17 @@ def cut(begin: int, end: int, clip_length: int, min_clip_length: int) -> Iterato
             yield start, stop
 
 
-def clips_of(played: Recording, episode: int, name: str, clip_length: int, min_clip_length: int) -> Iterator[Clip]:
+def clips_of(
+    played: Recording, episode: int, name: str, clip_length: int, min_clip_length: int, only_solved: bool = False
+) -> Iterator[Clip]:
     """Cuts one of the episodes into clips, called after its name, that lie within one level each."""
 
     def part(values_BT: np.ndarray | None, begin: int, end: int) -> np.ndarray | None:
         return None if values_BT is None else values_BT[episode, begin:end]
 
     for level in levels_of(played, episode):
+        if only_solved and not level.success:
+            continue
         for begin, end in cut(level.begin, level.end, clip_length, min_clip_length):
             yield Clip(
                 frames_THWC=part(played.frames_BTHWC, begin, end),

@@ -45,18 +45,19 @@ class Planner:
         self._steps = np.zeros(num_envs, int)  # to each environment's next decision
         self._seen: list[set[int]] = [set() for _ in range(num_envs)]  # checksums of pictures that each level has shown
 
-    def act(self, env: Any, first_B: np.ndarray) -> np.ndarray:
+    def act(self, env: Any, first_B: np.ndarray, playing_B: np.ndarray | None = None) -> np.ndarray:
         """Actions (B,) int32.
 
         Args:
           env: The environments that are played.
           first_B: Whether a level begins.
+          playing_B: Those that matter; in the others any action will do. By default all.
         """
         for b in np.flatnonzero(first_B):
             self._plans[b], self._steps[b], self._seen[b] = self._plans[b][:0], 0, set()
         for seen, frame_HWC in zip(self._seen, env.observe()[1]["rgb"], strict=True):
             seen.add(zlib.crc32(frame_HWC))
-        deciding = np.flatnonzero(self._steps == 0)
+        deciding = np.flatnonzero(self._steps == 0 if playing_B is None else (self._steps == 0) & playing_B)
         states = env.get_state() if len(deciding) else []
         for b in deciding:
             self._steps[b] = DECISION_STEPS
@@ -64,7 +65,7 @@ class Planner:
                 self._plans[b] = choose_actions("sticky", self._weights_A, self._rng, 1, DECISION_STEPS)[0]
             elif len(self._plans[b]) == 0:
                 self._plans[b] = self.plan(states[b], self._seen[b])
-        actions_B = np.array([plan[0] for plan in self._plans], np.int32)
+        actions_B = np.array([plan[0] if len(plan) else 0 for plan in self._plans], np.int32)
         self._plans = [plan[1:] for plan in self._plans]
         self._steps -= 1
         return actions_B

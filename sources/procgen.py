@@ -1,7 +1,9 @@
 """Procgen's sixteen games: playing them, how to act, and what there is to know about their actions."""
 
 import contextlib
+import dataclasses
 import io
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 
 from models.errors import InputError
 from sources.environment import EPISODE_STEPS, PROCGEN_OPTIONS, Environment, Recording, RecordingOptions
+from sources.once import Stepped
 from sources.planner import Planner
 from sources.policies import choose_actions
 from utils.records import COINRUN_IDLE_ACTION, COINRUN_SAME_ACTIONS
@@ -82,6 +85,7 @@ class Procgen(Environment):
         mode = options.distribution_mode
         modes = ["easy", "hard", *(other for other, games in MODES.items() if self.name in games)]
         options.expect("distribution_mode", mode in modes, f"{', '.join(modes)} for {self.name}")
+        self._weights(options)
         import_procgen()
 
     def provenance(self, options: RecordingOptions) -> dict[str, Any]:
@@ -92,16 +96,13 @@ class Procgen(Environment):
 
     def play(self, options: RecordingOptions, split: str, num_envs: int, rng: np.random.Generator) -> Recording:
         B, T = num_envs, EPISODE_STEPS
-        env = self._make(options, split, B, rand_seed=int(rng.integers(2**31 - 1)))
+        env = self.make(options, split, B, rand_seed=int(rng.integers(2**31 - 1)))
         if options.policy == "planner":
-            planner = Planner(
-                lambda num: self._make(options, split, num, rand_seed=0),
-                *(B, options.planner_rollouts, options.planner_explore, self.weights_A, rng),
-            )
+            planner = self.planner(options, split, B, rng)
             actions_BT = np.empty((B, T), np.int32)
         else:
             planner = None
-            actions_BT = choose_actions(options.policy, self.weights_A, rng, B, T)
+            actions_BT = choose_actions(options.policy, self._weights(options), rng, B, T)
         frames_BTHWC = np.empty((B, T, *self.frame_shape), np.uint8)
         rewards_BT = np.empty((B, T), np.float32)
         levels_BT = np.empty((B, T), np.int32)
@@ -132,6 +133,33 @@ class Procgen(Environment):
             frames_BTHWC, actions_BT, rewards_BT, first_BT, levels_BT, terminated_BT, truncated_BT, success_BT
         )
 
+    def levels(self, options: RecordingOptions, split: str, num: int, seed: int) -> "ProcgenLevels":
+        """Of all levels of the split, be there fewer in a dataset: hardly one comes twice."""
+        return ProcgenLevels(self.make(dataclasses.replace(options, num_levels=MAX_LEVELS), split, num, seed))
+
+    def planner(self, options: RecordingOptions, split: str, num_envs: int, rng: np.random.Generator) -> Planner:
+        """Who plays so many environments by trying futures."""
+        return Planner(
+            lambda num: self.make(options, split, num, rand_seed=0),
+            *(num_envs, options.planner_rollouts, options.planner_explore, self._weights(options), rng),
+        )
+
+    def _weights(self, options: RecordingOptions) -> tuple[float, ...]:
+        """How often each action is chosen.
+
+        Raises:
+          InputError: An action's name or its weight cannot be read.
+        """
+        if not options.action_weights:
+            return self.weights_A
+        weights = dict.fromkeys(ACTION_NAMES, 0.0)
+        for text in options.action_weights:
+            name, _, number = text.partition("=")
+            good = name in weights and re.fullmatch(r"\d+\.?\d*|\.\d+", number) and float(number) > 0
+            options.expect("action_weights", bool(good), f"NAME=WEIGHT, of {', '.join(ACTION_NAMES)}, above 0")
+            weights[name] = float(number)
+        return tuple(weights.values())
+
     @property
     def time_limit(self) -> int:
         """Time steps after which a level ends."""
@@ -143,8 +171,8 @@ class Procgen(Environment):
         t_T = np.arange(first_BT.shape[1])
         return t_T + 1 - np.maximum.accumulate(np.where(first_BT, t_T, 0), axis=1)
 
-    def _make(self, options: RecordingOptions, split: str, num: int, rand_seed: int) -> Any:
-        """So many environments side by side."""
+    def make(self, options: RecordingOptions, split: str, num: int, rand_seed: int) -> Any:
+        """So many environments side by side; the same `rand_seed` gives the same levels."""
         return import_procgen().ProcgenGym3Env(
             num=num,
             env_name=self.name,
@@ -158,6 +186,41 @@ class Procgen(Environment):
             rand_seed=rand_seed,
             num_threads=0,
         )
+
+
+class ProcgenLevels:
+    """The first level of each of some environments side by side (`sources.once.Levels`)."""
+
+    tells_solved = True
+
+    def __init__(self, env: Any):
+        self.env = env
+        self.levels_N = np.array([info["level_seed"] for info in env.get_info()])
+
+    def frames(self) -> np.ndarray:
+        return self.env.observe()[1]["rgb"]
+
+    def step(self, actions_N: np.ndarray) -> Stepped:
+        self.env.act(actions_N)
+        rewards_N, observation, over_N = self.env.observe()
+        solved_N = np.zeros(len(over_N), bool)
+        if over_N.any():
+            solved_N = over_N & np.array([bool(info["prev_level_complete"]) for info in self.env.get_info()])
+        return Stepped(observation["rgb"], rewards_N, over_N, solved_N)
+
+    def close(self) -> None:
+        self.env.close()
+
+
+class PlanningPlayer:
+    """Plays such levels by trying futures (`sources.once.Player`): it sees more than the frames."""
+
+    def __init__(self, planner: Planner, levels: ProcgenLevels):
+        self._planner, self._env, self._begins = planner, levels.env, True
+
+    def act(self, frames_NHWC: np.ndarray, playing_N: np.ndarray) -> np.ndarray:
+        first_N, self._begins = np.full(len(playing_N), self._begins), False
+        return self._planner.act(self._env, first_N, playing_N)
 
 
 def import_procgen() -> Any:

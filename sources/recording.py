@@ -128,7 +128,7 @@ def make_clips(environment: Environment, options: RecordingOptions, task: Task) 
         outcomes.append(outcomes_of(played))
         for i in range(num_envs):
             name = f"{task.name}/episode{start + i:02d}"
-            clips += clips_of(played, i, name, options.clip_length, options.min_clip_length)
+            clips += clips_of(played, i, name, options.clip_length, options.min_clip_length, options.only_solved)
     return clips, total(outcomes)
 
 

@@ -8,7 +8,7 @@ import pytest
 import demo
 from models.errors import InputError
 from tests.conftest import make_clip
-from utils.records import read_metadata
+from utils.records import Metadata, read_metadata, write_metadata
 
 
 @pytest.fixture
@@ -68,3 +68,26 @@ def test_a_single_clip_is_too_little(commands, tmp_path):
     np.savez(videos / "game.npz", frames=make_clip(0, 40).frames_THWC)
     with pytest.raises(InputError, match=r"1 clip\(s\) to train on, 0 to measure on"):
         demo.main(demo.Config(data_dir=str(videos), output_dir=str(tmp_path / "run"), height=16, width=16))
+
+
+def test_an_agent_is_made_of_the_files_of_a_demo(commands, tmp_path):
+    """Once the world is there, who solves its game is recorded as it looks there, cloned twice and played."""
+    data = tmp_path / "data"
+    config = {"use_backgrounds": False, "restrict_themes": True}
+    data.mkdir()
+    made_by = {"command": "generate_dataset.py", "config": config}
+    write_metadata(data, Metadata("coinrun", (64, 64, 3), 15.0, ("LEFT", "RIGHT"), {}, made_by))
+    (tmp_path / "metrics.json").write_text("{}")
+    demo.main(demo.Config(output_dir=str(tmp_path), agent=True, seed=3))
+    assert [command[0] for command in commands] == [
+        *("generate_dataset.py", "train_policy.py", "train_policy.py", "evaluate_policy.py")
+    ]
+    record, latent, oracle, play = commands
+    assert {"--no-use_backgrounds", "--restrict_themes", "--only_solved"} <= set(record)
+    assert latent[latent.index("--lam_checkpoint") + 1] == str(tmp_path / "lam")
+    assert oracle[oracle.index("--targets") + 1] == "true"
+    assert play[play.index("--oracle_checkpoint") + 1] == oracle[oracle.index("--ckpt_dir") + 1]
+    assert all(command[command.index("--seed") + 1] == "3" for command in commands)
+    write_metadata(data, Metadata("film", (64, 64, 3), 15.0, None, {}, {}))
+    with pytest.raises(InputError, match="was not recorded from CoinRun"):
+        demo.main(demo.Config(output_dir=str(tmp_path), data_dir=str(data), agent=True))

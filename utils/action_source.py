@@ -14,6 +14,9 @@ from models.lam import LAMConfig
 from utils.data import Batch
 from utils.records import Metadata
 
+PREDICTING = nnx.Any(nnx.PathContains("dynamics"), nnx.PathContains("heads"))
+"""The parts of a world that every training of it trains."""
+
 
 class Acted(NamedTuple):
     """The actions of a batch, and what training a LAM along adds.
@@ -33,7 +36,7 @@ class TrueActions:
     """The dataset's own."""
 
     lam = None
-    trainable = nnx.All(nnx.Param, nnx.PathContains("dynamics"))
+    trainable = nnx.All(nnx.Param, PREDICTING)
 
     def actions_of(self, metadata: Metadata) -> dict[str, Any]:
         """The fields of a `DynamicsConfig` that say what the actions are.
@@ -66,7 +69,7 @@ class InferredActions:
     """Those that a trained LAM infers from the frames."""
 
     lam: LAMConfig
-    trainable = nnx.All(nnx.Param, nnx.PathContains("dynamics"))
+    trainable = nnx.All(nnx.Param, PREDICTING)
 
     def actions_of(self, metadata: Metadata) -> dict[str, Any]:
         return {"num_actions": self.lam.num_codes}
@@ -98,7 +101,7 @@ class LearnedActions:
 
     lam: LAMConfig
     commitment: float
-    trainable = nnx.All(nnx.Param, nnx.Any(nnx.PathContains("dynamics"), nnx.PathContains("lam")))
+    trainable = nnx.All(nnx.Param, nnx.Any(PREDICTING, nnx.PathContains("lam")))
 
     def actions_of(self, metadata: Metadata) -> dict[str, Any]:
         """Raises InputError where the dataset has no frames to learn from."""

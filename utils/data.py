@@ -5,7 +5,7 @@ import math
 import shutil
 import signal
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from models.errors import InputError
+from utils.outcomes import ends_of, expect_outcomes, lacking
 from utils.records import Clip, Metadata, Shard, decode_clip, read_metadata
 
 BATCHES_PER_WORKER = 2  # that wait to be taken
@@ -27,12 +28,16 @@ class Batch(NamedTuple):
       beyond one integer (B, T, A), int32 or float32; the columns are those of `Metadata.action_columns`.
     tokens_BTN: uint16; None from a dataset of frames.
     latent_actions_BT: uint8, aligned like `actions_BT`.
+    rewards_BT: float32, what each action earned; None unless asked for.
+    ends_BT: uint8, how each action ended its level (see `models.ends`); None unless asked for.
     """
 
     frames_BTHWC: Any = None
     actions_BT: Any = None
     tokens_BTN: Any = None
     latent_actions_BT: Any = None
+    rewards_BT: Any = None
+    ends_BT: Any = None
 
 
 class Source(Protocol):
@@ -40,6 +45,7 @@ class Source(Protocol):
 
     seq_len: int
     metadata: Metadata
+    outcomes: Sequence[str]
 
     def order(self, seed: int) -> Any:
         """The numbers of clips in the order of training, without end: a `grain.MapDataset`, seeded."""
@@ -68,14 +74,23 @@ class ClipSource:
       split: "train", "val" or "test".
       seq_len: Frames that `windows` cuts from a clip.
       tokens_too: Whether a token dataset will do.
+      outcomes: What else is read, of "reward" and "end". Since an end comes with a clip's last frame, which is in few
+        windows, windows are then placed such that it comes as often as in the data.
 
     Raises:
       InputError: Nothing to read: no dataset, no files, no clip that is long enough, or files that do not hold what
-        the metadata says.
+        the metadata says; or the clips do not tell the outcomes.
     """
 
-    def __init__(self, folder: str | Path, split: str, seq_len: int, tokens_too: bool = False):
-        self.folder, self.split, self.seq_len = Path(folder), split, seq_len
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        seq_len: int,
+        tokens_too: bool = False,
+        outcomes: Sequence[str] = (),
+    ):
+        self.folder, self.split, self.seq_len, self.outcomes = Path(folder), split, seq_len, outcomes
         self.metadata = read_metadata(folder)
         tokens = self.metadata.tokens
         if tokens and not tokens_too:
@@ -106,6 +121,8 @@ class ClipSource:
         self._ends = np.cumsum(self._counts)
         # Clip i of this source is record i + shift of the concatenated files.
         self._shifts = np.cumsum([0, *totals[:-1]]) - np.cumsum([0, *self._counts[:-1]])
+        if outcomes:
+            expect_outcomes(self.clips([0])[0], outcomes, f"{folder}/{split}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -115,6 +132,19 @@ class ClipSource:
         import grain  # not at the top: the workers of generate_dataset.py start faster without it
 
         return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+
+    def tells(self, outcomes: Sequence[str]) -> bool:
+        """Whether its clips, by the first of them, tell what came of their actions: "reward", "end"."""
+        return not lacking(self.clips([0])[0], outcomes)
+
+    def position(self, start: int, length: int) -> float:
+        """Where `windows` is to cut a clip of so many frames, for the window to begin at frame `start`."""
+        return (start + 0.5) / self._places(length)
+
+    def _places(self, length: int) -> int:
+        # With outcomes, a window that would begin too late and run over the clip's end stops there: in a clip of L
+        # frames, T of L windows do, and the last frame is as frequent among frames as it is in the data.
+        return length if self.outcomes else length - self.seq_len + 1
 
     def clips(self, indices: Sequence[int]) -> list[Clip]:
         """Reads whole clips in one batched read."""
@@ -138,7 +168,7 @@ class ClipSource:
         if self.metadata.tokens:
             return self._tokens(clips)
         frames = np.empty((len(clips), self.seq_len, *self.metadata.frame_shape), np.uint8)
-        actions = None
+        actions, starts = None, []
         if self.metadata.has_actions:
             shape = (len(clips), self.seq_len, *self.metadata.action_shape)
             actions = np.empty(shape, self.metadata.action_dtype)
@@ -149,14 +179,27 @@ class ClipSource:
                     f"{self.folder}/{self.split}: clip {clip.clip_id} has frames {found}, the metadata says "
                     f"{self.metadata.frame_shape}; generate the data again"
                 )
-            start = int(position * (len(clip) - self.seq_len + 1))
+            start = min(int(position * self._places(len(clip))), len(clip) - self.seq_len)
+            starts.append(start)
             frames[i] = clip.frames_THWC[start : start + self.seq_len]  # type: ignore[index]
             if actions is not None:
                 if clip.actions_T is None or clip.actions_T.shape[1:] != self.metadata.action_shape:
                     held = "no actions" if clip.actions_T is None else "actions unlike those of the metadata"
                     raise InputError(f"{self.folder}/{self.split}: clip {clip.clip_id} has {held}; generate again")
                 actions[i] = clip.actions_T[start : start + self.seq_len]
-        return Batch(frames, actions)
+        return self._with_outcomes(Batch(frames, actions), clips, starts)
+
+    def _with_outcomes(self, batch: Batch, clips: Sequence[Clip], starts: Sequence[int]) -> Batch:
+        """The batch with what is asked for of the same windows' outcomes."""
+        for clip in clips if self.outcomes else ():
+            expect_outcomes(clip, self.outcomes, f"{self.folder}/{self.split}: clip {clip.clip_id}")
+
+        def cut(name: str, values_of: Callable[[Clip], Any]) -> np.ndarray | None:
+            if name not in self.outcomes:
+                return None
+            return np.stack([values_of(c)[s : s + self.seq_len] for c, s in zip(clips, starts, strict=True)])
+
+        return batch._replace(rewards_BT=cut("reward", lambda clip: clip.rewards_T), ends_BT=cut("end", ends_of))
 
     def _tokens(self, clips: Sequence[Clip]) -> Batch:
         """The same from a token dataset, whose clips have `seq_len` frames."""
@@ -165,12 +208,13 @@ class ClipSource:
             values = [getattr(clip, name) for clip in clips]
             return None if values[0] is None else np.stack(values).astype(dtype)
 
-        return Batch(
+        batch = Batch(
             frames_BTHWC=stack("frames_THWC", np.uint8),
             actions_BT=stack("actions_T", self.metadata.action_dtype),
             tokens_BTN=stack("tokens_TN", np.uint16),
             latent_actions_BT=stack("latent_actions_T", np.uint8),
         )
+        return self._with_outcomes(batch, clips, [0] * len(clips))
 
 
 def _check_file(file: Path, shard: Shard) -> None:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from models.errors import InputError
 from models.genie import KINDS, World, load
+from models.policy import Agent
 
 MAY_DIFFER = {
     *("num_actions", "num_codes"),  # what depends on these is new
@@ -27,8 +28,8 @@ def begin_with(path: str, model: Any, trained: Collection[str]) -> str:
 
     Args:
       path: A training of the same kind, or an exported world; for a tokenizer or a LAM also a world that holds one.
-      model: A tokenizer, a LAM or a world.
-      trained: Names of what is trained of it; of a world the other parts, which are frozen, stay as they are.
+      model: A tokenizer, a LAM, a world or an agent.
+      trained: Names of what is trained of it; of a world or an agent the rest, which is frozen, stays as it is.
     Returns:
       What was taken and what is new, in one line.
     Raises:
@@ -36,17 +37,17 @@ def begin_with(path: str, model: Any, trained: Collection[str]) -> str:
     """
     kind = next(kind for kind, (of, _) in KINDS.items() if isinstance(model, of))
     other = load(path, kind)
-    if not isinstance(model, World):
+    if not isinstance(model, World | Agent):
         return f"begins with {path}: {_take(path, kind, model, other)}"
     told = []
-    for part in (part for part in ("lam", "dynamics") if part in trained):
+    for part in (part for part in ("lam", "dynamics", "heads", "policy") if part in trained):
         ours, theirs = getattr(model, part), getattr(other, part)
-        if theirs is None:
-            told.append(f"the {part} is new, for there is none")
+        if theirs is None or (part == "heads" and theirs.cfg != ours.cfg):
+            told.append(f"the {part} is new, for there is none" if theirs is None else "the heads, other ones, are new")
             continue
         before_KM = np.array(ours.token_embedding[...]) if hasattr(ours, "token_embedding") else None
         told.append(_take(path, part, ours, theirs))
-        if before_KM is not None:
+        if before_KM is not None and isinstance(model, World):
             told.append(_keep_own_codes(model, other, before_KM))
     return f"begins with {path}: {'; '.join(filter(None, told))}"
 
@@ -85,7 +86,7 @@ def _shape(value: Any) -> str:
 
 def _expect(path: str, name: str, ours: Any, theirs: Any) -> None:
     """Refuses a model whose variables would mean something else here."""
-    if theirs.frame_shape != ours.frame_shape:
+    if name != "heads" and theirs.frame_shape != ours.frame_shape:
         raise InputError(
             f"`init_from` {path}: made for frames of {theirs.frame_shape}, but the dataset has {ours.frame_shape}; "
             "convert it to that size, with preprocess_dataset.py --height and --width"

@@ -3,6 +3,7 @@
 import dm_pix
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -68,3 +69,25 @@ def perplexity(codes: jax.Array, num_codes: int) -> jax.Array:
     """exp of the entropy of the codes: `num_codes` when all are used alike, 1 when there is only one."""
     p = jnp.zeros(num_codes).at[codes.reshape(-1)].add(1.0) / codes.size
     return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p, p)))
+
+
+def average_precision(score_X: np.ndarray, label_X: np.ndarray) -> float:
+    """Area under the curve of precision over recall, of scores that are to find what is labelled 1; NaN without any.
+
+    Scores that tell nothing reach the base rate, the share of 1 among the labels. What is labelled NaN is left out.
+    """
+    known = ~np.isnan(label_X)
+    score, label = np.asarray(score_X)[known], np.asarray(label_X)[known] > 0
+    if not label.any():
+        return float("nan")
+    order = np.argsort(-score, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # equal scores are found together
+    found = np.cumsum(label[order])[last]
+    return float(np.sum(np.diff(found, prepend=0) * found / (last + 1)) / label.sum())
+
+
+def precision_metrics(name: str, ranked_BT2: np.ndarray) -> dict[str, float]:
+    """Scores and labels as metrics: the base rate as `<name>_base`, and if it is not 0 the average precision."""
+    score_X, label_X = ranked_BT2[..., 0].reshape(-1), ranked_BT2[..., 1].reshape(-1)
+    base = float(np.nanmean(label_X)) if not np.isnan(label_X).all() else 0.0
+    return {f"{name}_base": base} | ({name: average_precision(score_X, label_X)} if base else {})

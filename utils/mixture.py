@@ -46,10 +46,12 @@ def shares(data_dir: str) -> list[Share]:
     return [Share(share.folder, share.weight / total) for share in found]
 
 
-def open_split(data_dir: str, split: str, seq_len: int, tokens_too: bool = False) -> Source:
+def open_split(
+    data_dir: str, split: str, seq_len: int, tokens_too: bool = False, outcomes: Sequence[str] = ()
+) -> Source:
     """The clips of one split of the dataset, or of the mixture, that `data_dir` names; see `ClipSource`, `Mixture`."""
     found = shares(data_dir)
-    sources = [ClipSource(share.folder, split, seq_len, tokens_too) for share in found]
+    sources = [ClipSource(share.folder, split, seq_len, tokens_too, outcomes) for share in found]
     return sources[0] if len(sources) == 1 else Mixture(sources, [share.weight for share in found])
 
 
@@ -66,7 +68,7 @@ class Mixture:
 
     def __init__(self, sources: Sequence[ClipSource], weights: Sequence[float]):
         self.sources, self.weights = sources, weights
-        self.seq_len = sources[0].seq_len
+        self.seq_len, self.outcomes = sources[0].seq_len, sources[0].outcomes
         self.metadata = _joined(sources)
         self._begins = np.cumsum([0, *map(len, sources)])
         names = self.metadata.action_names

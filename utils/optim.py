@@ -1,10 +1,11 @@
 """Learning-rate schedules and the optimizer."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -104,7 +105,24 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
         )
     else:
         updates = optax.adamw(rate, cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), updates) if cfg.grad_clip else updates
+    return optax.chain(optax.stateless(_clipped(cfg.grad_clip)), updates) if cfg.grad_clip else updates
+
+
+def _clipped(most: float) -> Callable[[Any, Any], Any]:
+    """Clips gradients to a global norm; those of a world's heads by themselves, lest they slow the rest down."""
+
+    def clip(grads: Any, _: Any) -> Any:
+        is_head = lambda path: jax.tree_util.keystr(path).startswith("['heads']")
+        leaves = jax.tree.leaves_with_path(grads)
+        norms = [optax.tree.norm([x for path, x in leaves if is_head(path) == part]) for part in (False, True)]
+
+        def clipped(path: Any, x: jax.Array) -> jax.Array:
+            norm = norms[is_head(path)]
+            return jnp.where(norm < most, x, x / norm.astype(x.dtype) * most)
+
+        return jax.tree.map_with_path(clipped, grads)
+
+    return clip
 
 
 def _hidden_matrices(params: Any) -> Any:

@@ -32,6 +32,8 @@ SPLITS = ("train", "val", "test")
 COINRUN_SAME_ACTIONS = {"LEFT+DOWN": "LEFT", "DOWN": "NONE", "RIGHT+DOWN": "RIGHT"} | dict.fromkeys("DAWSQE", "NONE")
 COINRUN_IDLE_ACTION = "NONE"
 
+PER_FRAME = ("frames_THWC", "actions_T", "rewards_T", "tokens_TN", "latent_actions_T", "terminated_T", "truncated_T")
+"""Fields of a clip that have a value for each frame."""
 _ACTION_DTYPES = ("<i4", "<f4")  # of discrete and of real actions
 
 

@@ -20,6 +20,7 @@ from utils.cli import DEFAULT_CACHE, set_up_jax
 from utils.data import Batch, Source, batches, to_device
 from utils.init_from import begin_with
 from utils.logging import Console, Files, TensorBoard, Wandb, Writer, Writers, check_wandb
+from utils.metrics import precision_metrics
 from utils.optim import OptimConfig, make_optimizer, phases, raised_rate
 from utils.progress import Profiler, Reporter, Speed, Waiting
 from utils.settle import settled
@@ -149,7 +150,7 @@ def fit(
     Batches and keys are functions of the step, so a resumed run repeats an uninterrupted one exactly.
 
     Args:
-      kind: "tokenizer", "lam" or "world"; with `model_cfg`, what `config.json` says.
+      kind: "tokenizer", "lam", "world" or "agent"; with `model_cfg`, what `config.json` says.
       build: Makes the model, to be computed in a way that is given.
       train_step: (state, batch, key) to (state, metrics); its metrics include `loss`, `grad_norm`, `param_norm`.
       evaluate: (model, batch, key) to (metrics, videos (R, T, H, W, C) in [0, 1] to show above each other).
@@ -268,15 +269,24 @@ class Validation:
         )
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], np.ndarray]:
-        """Means of the metrics as `val_<name>`, and a picture of the first batch, uint8 (H, W, C)."""
+        """Means of the metrics as `val_<name>`, and a picture of the first batch, uint8 (H, W, C).
+
+        Of a metric (B, T, 2), scores and what they were to find, all batches together give the average precision.
+        """
         sums: dict[str, float] = {}
+        ranked: dict[str, list[np.ndarray]] = {}
         stream = read(self.cfg, self.mesh, self.source, self.cfg.seed + 1, 0, 0)
         for i in range(self.cfg.val_batches):
             metrics, videos = self.evaluate(state, next(stream), np.int32(i))
             for name, value in metrics.items():
+                if value.ndim:
+                    ranked.setdefault(f"val_{name}", []).append(np.asarray(value))
+                    continue
                 sums[f"val_{name}"] = sums.get(f"val_{name}", 0.0) + float(value) / self.cfg.val_batches
             if i == 0:
                 picture = strip(np.asarray(jax.device_get(videos) * 255 + 0.5).clip(0, 255).astype(np.uint8))
+        for name, parts in ranked.items():
+            sums |= precision_metrics(name, np.concatenate(parts))
         best = self.cfg.keep_best
         if best and best not in sums:
             raise InputError(f"`keep_best` {best}: a validation gives {', '.join(sums)}")
