@@ -14,6 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
+import export
 from agents.planning import Shooter, worth
 from agents.worlds import Prompts, Worlds
 from evaluation.outcomes import expected_return, judge_seen, measure_heads
@@ -134,6 +135,16 @@ def test_ways_to_end():
     assert (last(success=True), last(success=False), last(success=None)) == (SOLVED, LOST, ENDED)
     assert last(truncated_T=late) == TIME_UP
     assert last(terminated_T=~late & late, truncated_T=None) == GOES_ON
+
+
+def test_exported_clips_end_where_their_levels_do(counter, tmp_path):
+    """Cut clips keep the reward and the end of each frame that is left."""
+    export.write_clips(tmp_path, str(counter), 12, T, 0)
+    source = ClipSource(tmp_path, "val", T, outcomes=("reward", "end"))
+    for clip in source.clips(range(len(source))):
+        count_T, on_T = count_of(clip.frames_THWC), clip.actions_T == 1
+        np.testing.assert_array_equal(clip.terminated_T, (count_T == ENDS) & on_T)
+        np.testing.assert_array_equal(clip.rewards_T, 10.0 * ((count_T == EARNS) & on_T))
 
 
 def test_what_a_dataset_does_not_tell_is_said(counter, dataset):
