@@ -27,12 +27,14 @@ class Batch(NamedTuple):
       beyond one integer (B, T, A), int32 or float32; the columns are those of `Metadata.action_columns`.
     tokens_BTN: uint16; None from a dataset of frames.
     latent_actions_BT: uint8, aligned like `actions_BT`.
+    latents_BTNL: float16, in the place of tokens, from a dataset of a tokenizer that makes latents.
     """
 
     frames_BTHWC: Any = None
     actions_BT: Any = None
     tokens_BTN: Any = None
     latent_actions_BT: Any = None
+    latents_BTNL: Any = None
 
 
 class Source(Protocol):
@@ -170,6 +172,7 @@ class ClipSource:
             actions_BT=stack("actions_T", self.metadata.action_dtype),
             tokens_BTN=stack("tokens_TN", np.uint16),
             latent_actions_BT=stack("latent_actions_T", np.uint8),
+            latents_BTNL=stack("latents_TNL", np.float16),
         )
 
 
