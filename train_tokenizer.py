@@ -96,6 +96,7 @@ PRESETS = {
         model=dataclasses.replace(
             TINY.model,
             kind="mae",
+            frame_shape=(128, 128, 3),
             patch_size=16,
             motion_reach=0,
             closed_loop=False,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,6 +104,14 @@ def read_metrics(path: str | Path, field: str) -> dict[str, Any]:
         return metrics
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"`{field}` {path}: not a metrics.json of evaluate.py ({error!r})") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
 
 
 def _plain(value: Any, digits: int = 5) -> Any:

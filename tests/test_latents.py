@@ -194,7 +194,7 @@ def test_stored_latents_are_those_of_the_frames_and_not_for_tokens(trained, data
 
 def test_its_report_leaves_codebooks_out(trained, dataset, tmp_path):
     folder, _ = trained
-    cfg = evaluate.Config(checkpoint=str(folder), data_dir=str(dataset), output_dir=str(tmp_path), num_clips=4)
+    cfg = evaluate.Config(checkpoint=(str(folder),), data_dir=str(dataset), output_dir=str(tmp_path), num_clips=4)
     evaluate.main(dataclasses.replace(cfg, compile_cache=str(CACHE)))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["tokenizer_psnr"] > 0
