@@ -14,6 +14,7 @@ from evaluation.perceptual import LPIPS, load_lpips
 from models import flops
 from models.errors import InputError
 from models.motion import Damage, draw_damage
+from models.nn import num_patches
 from models.tokenizer import Tokenizer, TokenizerConfig
 from utils.cli import run
 from utils.data import Batch
@@ -134,14 +135,15 @@ class Drawn(NamedTuple):
 
 def draw(batch: Batch, key: jax.Array, cfg: TokenizerConfig) -> tuple[Batch, Drawn]:
     """A batch with what is drawn for it."""
-    B, T, *frame_shape = batch.frames_BTHWC.shape
+    B, T, H, W, C = batch.frames_BTHWC.shape
     damage, hidden_BTN, judged_B = None, None, None
     if cfg.closed_loop:
-        damage = draw_damage(key, B, (T, *frame_shape), cfg.picture_blur, cfg.picture_noise)
+        damage = draw_damage(key, B, (T, H, W, C), cfg.picture_blur, cfg.picture_noise)
     if cfg.kind == "mae":
         rate_key, hidden_key, judged_key = (jax.random.fold_in(key, i) for i in (2, 3, 4))
         rate_B = cfg.max_hidden * jnp.maximum(jax.random.uniform(rate_key, (B,), minval=-1 / 3), 0.0)
-        hidden_BTN = jax.random.uniform(hidden_key, (B, T, cfg.num_patches)) < rate_B[:, None, None]
+        N = num_patches((H, W, C), cfg.patch_size)
+        hidden_BTN = jax.random.uniform(hidden_key, (B, T, N)) < rate_B[:, None, None]
         judged_B = jax.random.randint(judged_key, (B,), 0, T)
     return batch, Drawn(damage, hidden_BTN, judged_B)
 

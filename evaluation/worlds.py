@@ -73,8 +73,8 @@ def _figures(metrics: Metrics) -> dict[str, Figure]:
     for key in WORLDS:
         of = figure_of(metrics, key)
         if of:
-            given = (np.nan if of[k] is None else of[k] for k in ("mean", "low", "high"))
-            found[key] = Figure(*given, of["n"])
+            mean, low, high = (np.nan if of[part] is None else of[part] for part in ("mean", "low", "high"))
+            found[key] = Figure(mean, low, high, of["n"])
     levels = np.array(metrics["clip_levels"][: metrics["rollout_clips"]])
     mse = [np.array(metrics["per_clip"][f"{key}_mse"]) for key in ("copy_last_frame", "rollout")]
     ahead = lambda still, rolled: pooled_psnr(rolled).mean - pooled_psnr(still).mean

@@ -177,28 +177,24 @@ class Tokenizer(nnx.Module):
           damage: In training with a closed loop, of these pictures.
           hidden_BTN: In training of kind mae, true for patches that the encoder does not see.
         """
-        if self.cfg.closed_loop and not train:
+        if not train and self.cfg.closed_loop:
             return self._follow(frames_BTHWC)
+        if not train:
+            quantized = self._encode(frames_BTHWC, None)
+            return _reconstruction(quantized, self._decode_alone(quantized.vectors_XL))
         last_BTHWC = frames_before(frames_BTHWC)
-        if train:
-            quantized = self.vq(self._latents(frames_BTHWC, last_BTHWC, hidden_BTN=hidden_BTN).latents_BTNL, train)
-        else:
-            quantized = self._encode(frames_BTHWC, last_BTHWC)
-        if self.cfg.motion_reach and not train:
-            out = self._unroll(quantized.vectors_XL)
-        else:
-            if self.cfg.motion_reach:
-                # As in a rollout: what the decoder moves is what it has made itself. Nothing follows the last frame.
-                own_BTm1HWC = self._decode(quantized.vectors_XL[:, :-1], last_BTHWC[:, :-1]).frames_BTHWC
-                own_BTm1HWC = jnp.clip(jax.lax.stop_gradient(own_BTm1HWC), 0.0, 1.0)
-                last_BTHWC = jnp.concatenate([last_BTHWC[:, :1], own_BTm1HWC], axis=1)
-            if self.cfg.closed_loop:
-                if damage:
-                    last_BTHWC = damage(last_BTHWC)
-                encoded = self._latents(frames_BTHWC, last_BTHWC, hidden_BTN=hidden_BTN)
-                quantized = self.vq(encoded.latents_BTNL, train)
-            out = self._decode(quantized.vectors_XL, last_BTHWC)
-        return _reconstruction(quantized, out)
+        against = lambda last_BTHWC: self._latents(frames_BTHWC, last_BTHWC, hidden_BTN=hidden_BTN).latents_BTNL
+        quantized = self.vq(against(last_BTHWC), train)
+        if self.cfg.motion_reach:
+            # As in a rollout: what the decoder moves is what it has made itself. Nothing follows the last frame.
+            own_BTm1HWC = self._decode(quantized.vectors_XL[:, :-1], last_BTHWC[:, :-1]).frames_BTHWC
+            own_BTm1HWC = jnp.clip(jax.lax.stop_gradient(own_BTm1HWC), 0.0, 1.0)
+            last_BTHWC = jnp.concatenate([last_BTHWC[:, :1], own_BTm1HWC], axis=1)
+        if self.cfg.closed_loop:
+            if damage:
+                last_BTHWC = damage(last_BTHWC)
+            quantized = self.vq(against(last_BTHWC), train)
+        return _reconstruction(quantized, self._decode(quantized.vectors_XL, last_BTHWC))
 
     def encode(self, frames_BTHWC: jax.Array, last_BTHWC: jax.Array | None = None) -> jax.Array:
         """Frames in [0, 1] to tokens (B, T, N), in float32 whatever the dtype.
