@@ -1,6 +1,7 @@
 """Measures a world, a tokenizer or a LAM on held-out clips.
 
     python evaluate.py --checkpoint runs/dynamics --data_dir data/coinrun
+    python evaluate.py --checkpoint runs/a runs/b runs/c    # worlds in one table, on the same clips
     python evaluate.py --compare runs/a/evaluation/metrics.json runs/b/evaluation/metrics.json
 
 Writes report.html, report.md, metrics.json (the same for the same command on the same machine) and speed.json; beside
@@ -16,18 +17,18 @@ from typing import Any, Literal
 
 import jax
 
-from evaluation.actions import with_names
+from evaluation.actions import ActionLabel, with_names
 from evaluation.buttons import measure_buttons
 from evaluation.clips import digest
 from evaluation.comparison import comparison
 from evaluation.measured import Measured, read_metrics, write_json
 from evaluation.outcomes import measure_heads
 from evaluation.page import write_page
-from evaluation.report import sections
 from evaluation.rollouts import Player
 from evaluation.sampling import measure_sampling
-from evaluation.suite import Plan, measure_lam, measure_tokenizer, measure_world, set_up, true_actions
+from evaluation.suite import Bench, Plan, measure_lam, measure_tokenizer, measure_world, set_up, true_actions
 from evaluation.table import HEADLINES, METRICS
+from evaluation.worlds import Result, compare_worlds, names_of
 from models.errors import InputError
 from models.genie import Inference, load, read_config, stored_sampling
 from models.sampling import SamplingFlags
@@ -42,12 +43,14 @@ HEAD_CLIPS = 8  # times as many clips as for all else, or all that there are: en
 class Config(Plan, SamplingFlags, Inference):
     """Measures a checkpoint; its architecture comes from the checkpoint alone. Zeros stand for defaults by device."""
 
-    checkpoint: str = "runs/dynamics"
-    """--ckpt_dir of the training of a world, a tokenizer or a LAM, or an exported world."""
+    checkpoint: tuple[str, ...] = ("runs/dynamics",)
+    """--ckpt_dir of the training of a world, a tokenizer or a LAM, or an exported world; or of several worlds, for a
+    report of each and one of all."""
     data_dir: str = ""
-    """Dataset of the clips; default: the one that the checkpoint was trained on."""
+    """Dataset of the clips; default: the one that the (first) checkpoint was trained on."""
     output_dir: str = ""
-    """Where to write; default: evaluation/ in the checkpoint's folder, or in runs/worlds/<name> of an exported one."""
+    """Where to write; default: evaluation/ in the checkpoint's folder, or in runs/worlds/<name> of an exported one; of
+    several runs/comparison."""
     split: Literal["val", "test", "train"] = "val"
     """Split of the clips."""
     deterministic: bool = True
@@ -66,19 +69,43 @@ def main(cfg: Config) -> None:
     if cfg.compare:
         print(comparison(*(read_metrics(path, "compare") for path in cfg.compare)))
         return
-    began = time.perf_counter()
     set_up_jax(cfg.compile_cache, cfg.deterministic)
-    stored = read_config(cfg.checkpoint)
-    kind, compute = stored["kind"], cfg.compute
-    if kind == "agent":
-        raise InputError(f"`checkpoint` {cfg.checkpoint}: holds a policy, which evaluate_policy.py measures")
-    model = load(cfg.checkpoint, kind, compute)
+    checkpoints = names_of(cfg.checkpoint)
+    stored = {name: read_config(checkpoint) for name, checkpoint in checkpoints.items()}
+    several, source, bench = len(stored) > 1, open_clips(cfg, list(stored.values())), None
+    folder = Path(cfg.output_dir or ("runs/comparison" if several else output_of(cfg.checkpoint[0], "evaluation")))
+    results: dict[str, Result] = {}
+    for name, checkpoint in checkpoints.items():
+        began, kind = time.perf_counter(), stored[name]["kind"]
+        if kind == "agent":
+            raise InputError(f"`checkpoint` {checkpoint}: holds a policy, which evaluate_policy.py measures")
+        if several and kind != "world":
+            raise InputError(f"`checkpoint` {checkpoint}: holds a {kind}; several checkpoints must be worlds")
+        model = load(checkpoint, kind, cfg.compute)
+        expect_frames(source, checkpoint, model)
+        bench = bench or set_up(cfg, source)
+        result, labels = measure(cfg, checkpoint, kind, model, bench)
+        result.speed["wall_seconds"] = round(time.perf_counter() - began, 1)
+        result.write(folder / name if several else folder, f"{kind.capitalize()} {checkpoint}")
+        summarise(result.metrics)
+        if labels:
+            write_labels(checkpoint, labels)
+        results[name] = result
+    if several:
+        metrics, parts = compare_worlds(results)
+        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "speed.json", {name: result.speed for name, result in results.items()})
+        write_page(folder, "Worlds", parts)
+        print(f"wrote {folder}/report.html, report.md, metrics.json and speed.json of all together")
+
+
+def measure(
+    cfg: Config, checkpoint: str, kind: str, model: Any, bench: Bench
+) -> tuple[Result, list[ActionLabel] | None]:
+    """Measures one checkpoint; also what its actions do, where that is known."""
     world = model if kind == "world" else None
     tokenizer = world.tokenizer if world else model if kind == "tokenizer" else None
     lam = world.lam if world else model if kind == "lam" else None
-    frame_shape = (world.tokenizer if world else model).cfg.frame_shape
-    bench = set_up(cfg, open_clips(cfg, stored, frame_shape))
-
     measured, labels = Measured(), None
     speed: dict[str, Any] = {"device": jax.devices()[0].device_kind, "batch_size": bench.plan.batch_size}
     if tokenizer:
@@ -93,7 +120,7 @@ def main(cfg: Config) -> None:
         if not lam:
             actions, labels = true_actions(bench, world)
         print(f"rollouts, on {bench.plan.rollout_clips} clips", flush=True)
-        sampling = cfg.over(stored_sampling(cfg.checkpoint))
+        sampling = cfg.over(stored_sampling(checkpoint))
         play = Player(world, sampling, bench.plan.batch_size, cfg.seed)
         if lam:
             buttons = measure_buttons(play, bench.pool.frames_BTHWC, actions, world.num_actions, cfg.seed)
@@ -116,8 +143,8 @@ def main(cfg: Config) -> None:
         "kind": kind,
         "split": cfg.split,
         "seed": cfg.seed,
-        "dtype": compute.dtype,
-        "quant": compute.quant,
+        "dtype": cfg.compute.dtype,
+        "quant": cfg.quant,
         "num_clips": bench.plan.num_clips,
         "rollout_clips": bench.plan.rollout_clips if lam or world else 0,
         "clips_digest": digest(bench.truth),
@@ -125,29 +152,28 @@ def main(cfg: Config) -> None:
         "perceptual_net": cfg.perceptual_net if bench.lpips else None,
     }
     metrics = (measured | Measured(details=setting)).to_json()
-    folder = Path(cfg.output_dir or output_of(cfg.checkpoint, "evaluation"))
-    write_json(folder / "metrics.json", metrics)
-    write_json(folder / "speed.json", speed | {"wall_seconds": round(time.perf_counter() - began, 1)})
-    if labels:
-        try:
-            write_json(output_of(cfg.checkpoint, "action_labels.json"), [dataclasses.asdict(label) for label in labels])
-        except OSError as error:  # somebody else's checkpoint, perhaps; the measurements are not lost for that
-            print(f"warning: no labels of the actions for play.py: {error}", file=sys.stderr)
-    title = f"{kind.capitalize()} {cfg.checkpoint}"
-    write_page(folder, title, sections(metrics, measured.pictures, speed if world else None))
-    summarise(metrics)
-    print(f"wrote {folder}/report.html, report.md, metrics.json and speed.json")
+    return Result(metrics, measured.pictures, speed), labels
 
 
-def open_clips(cfg: Config, stored: dict[str, Any], frame_shape: tuple[int, int, int]) -> ClipSource:
-    """The clips to measure on, as long as those of the training that `stored` describes."""
-    data_dir = cfg.data_dir or data_of(cfg.checkpoint)
-    window = stored["model"]["window"] if stored["kind"] == "world" else stored["train"]["seq_len"]
-    source = ClipSource(data_dir, cfg.split, window)
-    found = source.metadata.frame_shape
-    if found != frame_shape:
-        raise InputError(f"`data_dir` {data_dir}: frames of {found}, the checkpoint's are {frame_shape}")
-    return source
+def open_clips(cfg: Config, stored: list[dict[str, Any]]) -> ClipSource:
+    """The clips to measure on, as long as those of the trainings that `stored` describes, the shortest of them."""
+    windows = [of["model"]["window"] if of["kind"] == "world" else of["train"]["seq_len"] for of in stored]
+    return ClipSource(cfg.data_dir or data_of(cfg.checkpoint[0]), cfg.split, min(windows))
+
+
+def expect_frames(source: ClipSource, checkpoint: str, model: Any) -> None:
+    """Refuses a model of frames of another size than the clips have."""
+    expected, found = getattr(model, "tokenizer", model).cfg.frame_shape, source.metadata.frame_shape
+    if found != expected:
+        raise InputError(f"`data_dir` {source.folder}: frames of {found}, those of {checkpoint} are {expected}")
+
+
+def write_labels(checkpoint: str, labels: list[ActionLabel]) -> None:
+    """Writes what each action does beside the checkpoint, where play.py finds it."""
+    try:
+        write_json(output_of(checkpoint, "action_labels.json"), [dataclasses.asdict(label) for label in labels])
+    except OSError as error:  # somebody else's checkpoint, perhaps; the measurements are not lost for that
+        print(f"warning: no labels of the actions for play.py: {error}", file=sys.stderr)
 
 
 def summarise(metrics: dict[str, Any]) -> None:

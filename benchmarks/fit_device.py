@@ -46,8 +46,8 @@ class Config:
     """Over how many hosts GPUs are spread."""
     model: tuple[Literal["tokenizer", "lam", "dynamics", "sample"], ...] = ("tokenizer", "lam", "dynamics", "sample")
     """Trainings, and the sampling of one frame."""
-    preset: Literal["bench", "tiny", "small", "coinrun", "moving"] = "coinrun"
-    """Their size."""
+    preset: Literal["bench", "tiny", "small", "coinrun", "moving", "mae"] = "coinrun"
+    """Their size; mae is of the tokenizer alone."""
     batch_size: int = 0
     """Clips in a global batch, or videos sampled together; 0: the preset's, and one video."""
     grad_accum: int = 1
@@ -68,6 +68,10 @@ class Config:
     """MaskGIT steps of a sampled frame."""
     json: bool = False
     """Also print the figures as one line of JSON."""
+
+    def __post_init__(self):
+        if self.preset == "mae" and self.model != ("tokenizer",):
+            raise InputError("`preset` mae: is of the tokenizer alone; give `model` tokenizer")
 
 
 def platform(cfg: Config) -> Any:
@@ -188,7 +192,8 @@ def frame(cfg: Config, devices: Sequence[Any]) -> dict[str, Any]:
     """What one sampled frame needs, on one device."""
     compute = Compute(cfg.dtype, "none", cfg.attention, platform(cfg), cfg.quant).settled()
     B, sampling = cfg.batch_size or 1, SamplingConfig(steps=cfg.steps)
-    size = sample.Config(preset=cfg.preset, batch_size=B, steps=cfg.steps)
+    preset: Any = cfg.preset
+    size = sample.Config(preset=preset, batch_size=B, steps=cfg.steps)
     world = nnx.eval_shape(lambda: sample.make_world(size, compute))
     graphdef, variables = nnx.split(world)
     prompt, actions = (

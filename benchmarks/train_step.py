@@ -18,6 +18,7 @@ import train_dynamics
 import train_lam
 import train_tokenizer
 from benchmarks.common import Output, floor, peak_memory, random_frames, seconds, show
+from models.errors import InputError
 from models.genie import World, WorldConfig
 from models.lam import LAM
 from models.nn import Compute
@@ -36,8 +37,8 @@ class Config(Output, Compute):
 
     model: Literal["tokenizer", "lam", "dynamics"] = "tokenizer"
     """Which training."""
-    preset: Literal["bench", "tiny", "small", "coinrun", "moving"] = "bench"
-    """Its size, batch included."""
+    preset: Literal["bench", "tiny", "small", "coinrun", "moving", "mae"] = "bench"
+    """Its size, batch included; mae is of the tokenizer alone."""
     from_tokens: bool = False
     """For the dynamics model: from stored tokens and latent actions instead of from frames."""
     batch_size: int = 0
@@ -52,6 +53,8 @@ def setting(cfg: Config) -> tuple[TrainConfig, Callable[[], TrainState], Callabl
     """The training's config, what makes its first state, its step (state, batch, key), and the FLOPs of a clip."""
     compute = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Compute)}
     script: Any = {"tokenizer": train_tokenizer, "lam": train_lam, "dynamics": train_dynamics}[cfg.model]
+    if cfg.preset not in script.PRESETS:
+        raise InputError(f"`preset` {cfg.preset}: the {cfg.model} has none of that name; {', '.join(script.PRESETS)}")
     train_cfg = dataclasses.replace(script.PRESETS[cfg.preset], grad_accum=cfg.grad_accum, **compute)
     if cfg.batch_size:
         train_cfg = dataclasses.replace(train_cfg, batch_size=cfg.batch_size)
@@ -81,10 +84,10 @@ def setting(cfg: Config) -> tuple[TrainConfig, Callable[[], TrainState], Callabl
 def batch_of(cfg: Config, train_cfg: TrainConfig) -> Batch:
     """Noise in the place of clips, or of their tokens."""
     B, T = train_cfg.batch_size, train_cfg.seq_len
+    tokenizer = train_tokenizer.PRESETS[cfg.preset].model
     if not cfg.from_tokens:
-        return Batch(random_frames((B, T, 64, 64, 3)))
-    rng = np.random.default_rng(0)
-    tokenizer, lam = train_tokenizer.PRESETS[cfg.preset].model, train_lam.PRESETS[cfg.preset].model
+        return Batch(random_frames((B, T, *tokenizer.frame_shape)))
+    rng, lam = np.random.default_rng(0), train_lam.PRESETS[cfg.preset].model
     tokens = rng.integers(0, tokenizer.num_codes, (B, T, tokenizer.num_patches), np.uint16)
     return Batch(tokens_BTN=tokens, latent_actions_BT=rng.integers(0, lam.num_codes, (B, T), np.uint8))
 

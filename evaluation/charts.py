@@ -4,6 +4,7 @@ matplotlib is imported where it is used: importing this module does not need it.
 """
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -48,12 +49,14 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Lines over one axis; `log_x` spaces x by its logarithm."""
+    """Lines over one axis; `log_x` spaces x by its logarithm, `dots` says that each line is a single point of its own
+    x, which need not be whole."""
 
     title: str
     x_label: str
     lines: Sequence[Line]
     log_x: bool = False
+    dots: bool = False
 
 
 class Bars(NamedTuple):
@@ -81,7 +84,7 @@ def chart_svg(chart: Chart) -> str:
     def draw(axes: Any) -> None:
         from matplotlib.ticker import MaxNLocator
 
-        for line, colour in zip(chart.lines, COLOURS, strict=False):
+        for line, colour in zip(chart.lines, itertools.cycle(COLOURS), strict=False):
             bounds = zip(line.x, line.low, line.high, strict=False)
             band = [(x, low, high) for x, low, high in bounds if low is not None and high is not None]
             if band:
@@ -93,14 +96,14 @@ def chart_svg(chart: Chart) -> str:
             axes.plot(*zip(*known, strict=True), color=colour, linewidth=1.6, marker=dot, label=line.name)
         axes.set_xlabel(chart.x_label)
         axes.grid(axis="y")
-        axes.margins(x=0.02)
+        axes.margins(x=0.1 if chart.dots else 0.02)
         if chart.log_x:
             ticks = sorted({x for line in chart.lines for x in line.x})
             axes.set_xscale("log")
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
         else:
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=not chart.dots))
         axes.figure.legend(loc="outside lower left", ncols=2)
 
     return _svg(chart.title, (5.0, 3.2), draw)
@@ -135,7 +138,7 @@ def bars_svg(bars: Bars) -> str:
     def draw(axes: Any) -> None:
         from matplotlib.ticker import PercentFormatter
 
-        for i, ((name, values), colour) in enumerate(zip(bars.series.items(), COLOURS, strict=False)):
+        for i, ((name, values), colour) in enumerate(zip(bars.series.items(), itertools.cycle(COLOURS), strict=False)):
             places = np.arange(rows) - 0.4 + (i + 0.5) * thick
             axes.barh(places, [value or 0 for value in values], thick, color=colour, label=name)
         axes.set_yticks(np.arange(rows), bars.names)

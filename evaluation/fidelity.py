@@ -93,10 +93,10 @@ def measure_fidelity(
 
 
 class Reconstruction(NamedTuple):
-    """What a tokenizer makes of clips: uint8 frames and int32 tokens."""
+    """What a tokenizer makes of clips: uint8 frames and int32 tokens, if it has such."""
 
     frames_BTHWC: np.ndarray
-    tokens_BTN: np.ndarray
+    tokens_BTN: np.ndarray | None
 
 
 def reconstruct(tokenizer: Tokenizer, frames: np.ndarray, batch_size: int) -> Reconstruction:

@@ -112,13 +112,14 @@ def set_up(plan: Plan, source: ClipSource) -> Bench:
 
 
 def measure_tokenizer(bench: Bench, tokenizer: Tokenizer) -> tuple[Measured, Scores]:
-    """Reconstructions and the codebook; the second result holds the scores of each reconstructed frame."""
+    """Reconstructions, and the codebook if there is one; the second result holds the scores of each frame."""
     truth, cfg = bench.truth, tokenizer.cfg
     frames, tokens = reconstruct(tokenizer, truth, bench.plan.batch_size)
     scores = bench.compare(frames, truth)
     measured = measure_fidelity("tokenizer", scores, bench.levels, first=0)
-    measured |= measure_codes("tokenizer", tokens, cfg.num_codes, bench.levels)
-    measured |= code_sheet(mean_patches(truth, tokens, cfg.num_codes, cfg.patch_size))
+    if tokens is not None:
+        measured |= measure_codes("tokenizer", tokens, cfg.num_codes, bench.levels)
+        measured |= code_sheet(mean_patches(truth, tokens, cfg.num_codes, cfg.patch_size))
     measured |= _pairs("reconstructions", truth, frames, "Truth over the tokenizer's reconstruction.")
     return measured, scores
 

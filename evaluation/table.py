@@ -239,6 +239,32 @@ HEADLINES = (
 )
 """Keys of those that sum up a report."""
 
+WORLDS = {
+    metric.key: metric
+    for metric in (
+        Metric(
+            "margin",
+            "ahead of the repeated frame",
+            "dB",
+            "higher",
+            "PSNR of the mean error of rollouts from 1 frame, less that of this frame repeated.",
+            2,
+        ),
+        METRICS["rollout_psnr"]._replace(name="PSNR"),
+        METRICS["rollout_psnr_mean"]._replace(name="mean of PSNRs"),
+        METRICS["rollout_ssim"]._replace(name="SSIM"),
+        METRICS["rollout_lpips"]._replace(name="LPIPS"),
+        METRICS["delta_psnr_t4"],
+        METRICS["fvd"]._replace(name="FVD"),
+        Metric(
+            "last_sharpness", "sharpness at the end", "", "", "That of the rollouts' last frame, over the truth's.", 2
+        ),
+        Metric("last_unchanged", "unchanged at the end", "", "", "Share of pixels in the last step, less the truth's."),
+    )
+}
+"""Those of the table of several worlds by key; what is not in `METRICS` is made for it of what a world's report has."""
+OF_SEVERAL = tuple(metric for metric in WORLDS.values() if metric.key not in METRICS)
+
 
 def figure_text(figure: Mapping[str, Any] | None, digits: int = 3) -> str:
     """For instance "28.312 ± 0.421"; "not measured" for none."""
@@ -281,6 +307,7 @@ def reference() -> str:
     lines += ["### Rewards and ends", "", *metrics(OUTCOMES)]
     lines += ["### Codebooks", "", *subjects(CODEBOOKS), *metrics(CODES, "…_")]
     lines += ["### Stability of long rollouts", "", *subjects(VIDEOS), *metrics(DRIFT, "…_")]
+    lines += ["### Several worlds", "", *metrics(OF_SEVERAL)]
     return "\n".join(lines).rstrip()
 
 

@@ -51,8 +51,13 @@ def tokenizer_encode(cfg: "TokenizerConfig", num_frames: int) -> int:
     """Of tokenizing one clip."""
     N, channels = cfg.num_patches, cfg.patch_size**2 * cfg.frame_shape[2]
     seen = channels * (2 if cfg.motion_reach else 1)
-    layers = dense(N * num_frames, seen, cfg.width, cfg.code_width, cfg.num_codes)
-    return transformer(cfg, N, num_frames) + layers
+    layers = dense(N * num_frames, seen, cfg.width, cfg.code_width)
+    return transformer(cfg, N, num_frames) + layers + _search(cfg, num_frames)
+
+
+def _search(cfg: "TokenizerConfig", num_frames: int) -> int:
+    """Of finding the nearest codes, if there are any."""
+    return 0 if cfg.kind == "mae" else dense(cfg.num_patches * num_frames, cfg.code_width, cfg.num_codes)
 
 
 def tokenizer_decode(cfg: "TokenizerConfig", num_frames: int, past: int = 0) -> int:
@@ -71,11 +76,10 @@ def tokenizer_step(cfg: "TokenizerConfig", num_frames: int) -> int:
     Nor has a moving decoder's first pass, over all frames but the last, whose pictures the second one moves; if the
     loop is closed, the encoder runs before both.
     """
-    search = dense(cfg.num_patches * num_frames, cfg.code_width, cfg.num_codes)
     encode, decode = tokenizer_encode(cfg, num_frames), tokenizer_decode(cfg, num_frames)
     first = tokenizer_decode(cfg, num_frames - 1) if cfg.motion_reach else 0
     first += encode if cfg.closed_loop else 0
-    return 3 * (encode + decode) - 2 * search + first
+    return 3 * (encode + decode) - 2 * _search(cfg, num_frames) + first
 
 
 def lam_infer(cfg: "LAMConfig", num_frames: int) -> int:

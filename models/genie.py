@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from models.causal import Causal
-from models.dynamics import Dynamics, DynamicsConfig
+from models.dynamics import Dynamics, DynamicsConfig, TokenDynamics
 from models.errors import InputError
 from models.heads import Heads, HeadsConfig, Judged
 from models.lam import LAM, LAMConfig
@@ -48,6 +48,14 @@ class WorldConfig:
     dynamics: DynamicsConfig
     window: int
     heads: HeadsConfig | None = None
+
+    def __post_init__(self):
+        kind = self.dynamics.kind
+        if self.tokenizer and self.tokenizer.kind == "mae" and issubclass(DYNAMICS[kind], TokenDynamics):
+            raise InputError(
+                f"`tokenizer_checkpoint`: a tokenizer of kind mae, which makes no tokens for dynamics of kind {kind}; "
+                "give one of kind vq"
+            )
 
 
 class World(nnx.Module):

@@ -6,7 +6,7 @@
 | output layers of attention and feed-forward | variance 0.5 / blocks of that | two of them in each block: all together add about what a residual stream of unit variance holds, however deep |
 | token and action embeddings | 0.5 | the token table also gives the logits; scaled by 2/√M they begin with unit variance |
 | … of tokens, before training | 0.4 like the code, 0.6 of the above | again 0.5 in all: 0.4² + (0.6 · 0.5)² = 0.5² |
-| positions | 0.02 | small beside embeddings: what stands somewhere counts before where it stands |
+| positions, and what an encoder sees of a hidden patch | 0.02 | small beside embeddings: what stands somewhere counts before where it stands |
 | the LAM's last layer | 0 | it says what changes, and learning starts from "nothing" |
 | a head that moves the last frame | a twentieth of the variance; 2 for no shift, 1 for the first move | a frame begins as the last one, nearly |
 | codes | unit vectors, all directions alike | only directions count (`models.vq`) |

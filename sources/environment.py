@@ -58,9 +58,10 @@ class RecordingOptions:
     center_agent: bool = True
     """Procgen's view follows the agent; without, it shows the whole level."""
     height: int = 64
-    """Gymnasium: of the frames, in pixels; what an environment shows is resized."""
+    """Of the frames, in pixels. What Gymnasium's environments show is resized; Procgen's games draw 64, and more slowly
+    128 or 256."""
     width: int = 64
-    """Gymnasium: of the frames, in pixels."""
+    """Of the frames, in pixels."""
     frame_skip: int | None = None
     """Gymnasium: steps of the environment for each time step, all with one action; by default 4 of Atari's, else 1."""
     sticky_actions: float = 0.0
@@ -91,7 +92,7 @@ class RecordingOptions:
 
 
 PLANNER_OPTIONS = ("planner_rollouts", "planner_explore")
-PROCGEN_OPTIONS = (
+PROCGEN_OPTIONS: tuple[str, ...] = (
     *("distribution_mode", "use_backgrounds", "restrict_themes", "use_monochrome_assets", "center_agent"),
     *("action_weights", *PLANNER_OPTIONS),
 )
@@ -158,6 +159,10 @@ class Environment(ABC):
           split: "train", "val" or "test". Splits must not share what is to be held out, for instance levels.
           rng: The only source of randomness. It is different for each split and each call.
         """
+
+    def sized(self, options: RecordingOptions) -> "Environment":
+        """This environment, with frames of another size if that is asked for and can be had."""
+        return self
 
     def check(self, options: RecordingOptions) -> None:  # noqa: B027 (most have nothing to refuse)
         """Refuses what cannot be played.

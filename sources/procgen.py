@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from models.errors import InputError
 from sources.environment import EPISODE_STEPS, PROCGEN_OPTIONS, Environment, Recording, RecordingOptions
@@ -52,6 +53,8 @@ SAME_ACTIONS: dict[str, Mapping[str, str]] = {
 GAMES = tuple(SAME_ACTIONS)
 TIME_LIMITS = {"bigfish": 6000, "bossfight": 4000, "leaper": 500, "maze": 500, "plunder": 4000}
 TIME_LIMIT = 1000  # of the other games' levels, in time steps
+SIDE, SHOWN_SIDE = 64, 512  # pixels of what agents see, and of what people do
+LARGER_SIDES = (128, 256)
 MODES = {
     "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
     "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
@@ -65,7 +68,6 @@ DUPLICATE_WEIGHT = 0.25  # in other games, of an action that does what another o
 class Procgen(Environment):
     """A game of Procgen (Cobbe et al. 2020). A level ends where it is solved or lost; the next one follows."""
 
-    frame_shape = (64, 64, 3)
     fps = 15
     action_names = ACTION_NAMES
     idle_action = COINRUN_IDLE_ACTION
@@ -73,12 +75,21 @@ class Procgen(Environment):
     options = PROCGEN_OPTIONS
     at_once = 4  # images of more no longer fit a core's cache: 16 are 40 % slower
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, side: int = SIDE):
+        self.name, self.frame_shape = name, (side, side, 3)
         self.same_actions = SAME_ACTIONS[name]
         self.weights_A = COINRUN_WEIGHTS
         if name not in ("coinrun", "ninja"):  # whose levels, too, lead to the right
             self.weights_A = tuple(DUPLICATE_WEIGHT if a in self.same_actions else 1 for a in ACTION_NAMES)
+
+    def sized(self, options: RecordingOptions) -> "Procgen":
+        if options.height == options.width == SIDE:
+            return self
+        fits = options.height == options.width and options.height in LARGER_SIDES
+        options.expect("height", fits, f"64, 128 or 256 pixels for {self.name}, and as many of `width`")
+        larger = Procgen(self.name, options.height)
+        larger.options = (*self.options, "height", "width")
+        return larger
 
     def check(self, options: RecordingOptions) -> None:
         options.expect("num_levels", 1 <= options.num_levels <= MAX_LEVELS, f"1 to {MAX_LEVELS}")
@@ -96,7 +107,8 @@ class Procgen(Environment):
 
     def play(self, options: RecordingOptions, split: str, num_envs: int, rng: np.random.Generator) -> Recording:
         B, T = num_envs, EPISODE_STEPS
-        env = self.make(options, split, B, rand_seed=int(rng.integers(2**31 - 1)))
+        rand_seed = int(rng.integers(2**31 - 1))
+        env = self.make(options, split, B, rand_seed, render_mode="rgb_array" if self._larger else None)
         if options.policy == "planner":
             planner = self.planner(options, split, B, rng)
             actions_BT = np.empty((B, T), np.int32)
@@ -112,7 +124,7 @@ class Procgen(Environment):
         _, observation, first_B = env.observe()
         levels_B = [info["level_seed"] for info in env.get_info()]
         for t in range(T):
-            frames_BTHWC[:, t] = observation["rgb"]
+            frames_BTHWC[:, t] = self._pictures(env) if self._larger else observation["rgb"]
             first_BT[:, t] = first_B
             levels_BT[:, t] = levels_B
             if planner:
@@ -161,6 +173,16 @@ class Procgen(Environment):
         return tuple(weights.values())
 
     @property
+    def _larger(self) -> bool:
+        """Whether frames are larger than what agents are shown."""
+        return self.frame_shape[0] > SIDE
+
+    def _pictures(self, env: Any) -> np.ndarray:
+        """What people are shown, each pixel the mean of those that it covers, uint8 (B, H, W, 3)."""
+        times = SHOWN_SIDE // self.frame_shape[0]
+        return np.stack([np.asarray(Image.fromarray(info["rgb"]).reduce(times)) for info in env.get_info()])
+
+    @property
     def time_limit(self) -> int:
         """Time steps after which a level ends."""
         return TIME_LIMITS.get(self.name, TIME_LIMIT)
@@ -171,7 +193,9 @@ class Procgen(Environment):
         t_T = np.arange(first_BT.shape[1])
         return t_T + 1 - np.maximum.accumulate(np.where(first_BT, t_T, 0), axis=1)
 
-    def make(self, options: RecordingOptions, split: str, num: int, rand_seed: int) -> Any:
+    def make(
+        self, options: RecordingOptions, split: str, num: int, rand_seed: int, render_mode: str | None = None
+    ) -> Any:
         """So many environments side by side; the same `rand_seed` gives the same levels."""
         return import_procgen().ProcgenGym3Env(
             num=num,
@@ -185,6 +209,7 @@ class Procgen(Environment):
             num_levels=options.num_levels,
             rand_seed=rand_seed,
             num_threads=0,
+            render_mode=render_mode,
         )
 
 

@@ -49,7 +49,7 @@ def find_environment(name: str, options: RecordingOptions) -> Environment:
         return Gymnasium(name.removeprefix(PREFIX), options)
     if name not in ENVIRONMENTS:
         raise InputError(f"`env` {name}: expected {', '.join(ENVIRONMENTS)} or {PREFIX}ID")
-    return ENVIRONMENTS[name]
+    return ENVIRONMENTS[name].sized(options)
 
 
 def folder_name(name: str) -> str:

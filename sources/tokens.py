@@ -19,12 +19,13 @@ from utils.data import ClipSource
 from utils.records import SPLITS, Clip, Shard, TokenInfo, read_metadata, write_metadata, write_shard
 
 SHARD_CLIPS = 8192
-SHARD_CLIPS_WITH_FRAMES = 512
+SHARD_CLIPS_OF_MORE = 512  # where latents, or the frames too, are stored
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenOptions:
-    """Writes what a tokenizer and a LAM make of a dataset's frames; train_dynamics.py takes it as its --data_dir."""
+    """Writes what a tokenizer and a LAM make of a dataset's frames; train_dynamics.py takes it as its --data_dir. Of a
+    tokenizer of kind mae these are latents, of half precision."""
 
     tokenizer_checkpoint: str = "runs/tokenizer"
     """--ckpt_dir of the tokenizer's training."""
@@ -84,6 +85,8 @@ def write_tokens(options: TokenOptions) -> None:
     if tokenizer.cfg.closed_loop:
         print("note: tokens of a closed loop depend on the pictures shown, so training encodes anew; the LAM is saved")
     encode = _encoder(tokenizer, lam, options.batch_size)
+    more = tokenizer.cfg.motion_reach or tokenizer.cfg.kind == "mae"
+    shard_clips = SHARD_CLIPS_OF_MORE if more else SHARD_CLIPS
 
     splits: dict[str, tuple[Shard, ...]] = {}
     with tqdm(unit=" clips", disable=None) as progress:
@@ -97,7 +100,7 @@ def write_tokens(options: TokenOptions) -> None:
             while clips := list(itertools.islice(remaining, options.batch_size)):
                 done += encode(clips)
                 progress.update(len(clips))
-                if len(done) >= (SHARD_CLIPS_WITH_FRAMES if tokenizer.cfg.motion_reach else SHARD_CLIPS):
+                if len(done) >= shard_clips:
                     shards.append(write_shard(folder, f"{split}/{len(shards):05d}.array_record", done))
                     done = []
             if done:
@@ -113,7 +116,8 @@ def write_tokens(options: TokenOptions) -> None:
     write_metadata(folder, dataclasses.replace(metadata, splits=splits, made_by=made_by, tokens=info))
     size = sum((folder / shard.file).stat().st_size for shards in splits.values() for shard in shards)
     count = sum(shard.count() for shards in splits.values() for shard in shards)
-    print(f"{count:,} clips of {options.seq_len} frames as tokens, {size / 1e6:,.1f} MB: {folder}")
+    made = "latents" if tokenizer.cfg.kind == "mae" else "tokens"
+    print(f"{count:,} clips of {options.seq_len} frames as {made}, {size / 1e6:,.1f} MB: {folder}")
 
 
 def _check(name: str, model: Tokenizer | LAM, most: int, frame_shape: tuple, data_dir: str) -> None:
@@ -127,24 +131,28 @@ def _check(name: str, model: Tokenizer | LAM, most: int, frame_shape: tuple, dat
 
 
 def _encoder(tokenizer: Tokenizer, lam: LAM | None, batch_size: int) -> Callable[[Sequence[Clip]], list[Clip]]:
-    """A function from at most `batch_size` clips of frames to clips of tokens."""
+    """A function from at most `batch_size` clips of frames to clips of tokens, or of latents."""
+
+    as_latents = tokenizer.cfg.kind == "mae"
 
     @jax.jit
     def encode(frames_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         frames = frames_BTHWC.astype(jnp.float32) / 255
-        return tokenizer.encode(frames), lam.infer(frames) if lam else None
+        made = tokenizer.encode_latents(frames) if as_latents else tokenizer.encode(frames)
+        return made, lam.infer(frames) if lam else None
 
     def encoded(clips: Sequence[Clip]) -> list[Clip]:
         # The last batch is filled up, so that nothing compiles twice.
         filled = [*clips, *[clips[-1]] * (batch_size - len(clips))]
         frames_BTHWC = np.stack([clip.frames_THWC for clip in filled])  # type: ignore[misc]
-        tokens_BTN, actions_BTm1 = jax.tree.map(np.asarray, encode(frames_BTHWC))
+        made_BTNX, actions_BTm1 = jax.tree.map(np.asarray, encode(frames_BTHWC))
         return [
             dataclasses.replace(
                 clip,
                 # Tokens of changes do not say what a patch shows, which the dynamics model may want to see.
                 frames_THWC=clip.frames_THWC if tokenizer.cfg.motion_reach else None,
-                tokens_TN=tokens_BTN[i].astype(np.uint16),
+                tokens_TN=None if as_latents else made_BTNX[i].astype(np.uint16),
+                latents_TNL=made_BTNX[i].astype(np.float16) if as_latents else None,
                 latent_actions_T=None if lam is None else np.append(actions_BTm1[i], 0).astype(np.uint8),
             )
             for i, clip in enumerate(clips)

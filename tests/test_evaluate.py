@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ from evaluation.statistics import (
     jackknife,
 )
 from evaluation.suite import from_other_levels
+from evaluation.worlds import names_of
 from models.dynamics import DynamicsConfig
 from models.errors import InputError
 from models.genie import CONFIG_VERSION, World, WorldConfig
@@ -482,7 +484,8 @@ def test_charts_survive_odd_values():
 
 def config(checkpoint, dataset, output, **changes):
     few = {"steps": 2, "num_clips": 5, "long_frames": 8, "batch_size": 4, "compile_cache": str(CACHE)}
-    return evaluate.Config(checkpoint=str(checkpoint), data_dir=str(dataset), output_dir=str(output), **(few | changes))
+    paths = tuple(map(str, checkpoint if isinstance(checkpoint, tuple) else (checkpoint,)))
+    return evaluate.Config(checkpoint=paths, data_dir=str(dataset), output_dir=str(output), **(few | changes))
 
 
 REQUIRED = [
@@ -491,13 +494,28 @@ REQUIRED = [
 ]
 
 
-def test_a_world_is_measured_twice_alike(trained, dataset, tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
+def test_a_world_is_measured_twice_alike_also_beside_another(trained, dataset, tmp_path):
+    a, both, b = tmp_path / "a", tmp_path / "both", tmp_path / "both" / "world"
     flags = ["--steps", 2, "--num_clips", 5, "--long_frames", 8, "--batch_size", 4, "--compile_cache", CACHE]
     done = script("evaluate", "--checkpoint", trained["world"], "--data_dir", dataset, "--output_dir", a, *flags)
     assert "report.html" in done.stdout
-    evaluate.main(config(trained["world"], dataset, b))
+    other = shutil.copytree(trained["world"], tmp_path / "other")
+    evaluate.main(config((trained["world"], other), dataset, both))
     assert (a / "metrics.json").read_bytes() == (b / "metrics.json").read_bytes()
+    joint = json.loads((both / "metrics.json").read_text())
+    one, two = joint["worlds"].values()
+    assert one == two  # being the same world
+    single = json.loads((a / "metrics.json").read_text())
+    assert one["rollout_psnr"] == single["rollout_psnr"]
+    np.testing.assert_allclose(one["margin"], single["rollout_psnr"] - single["copy_last_frame_psnr"], atol=1e-4)
+    assert one["intervals"]["margin"]["low"] < one["margin"] < one["intervals"]["margin"]["high"]
+    motion = single["per_horizon"]
+    last = motion["rollout_sharpness"]["mean"][-1] / motion["real_sharpness"]["mean"][-1]
+    np.testing.assert_allclose(one["last_sharpness"], last, atol=1e-4)
+    page = (both / "report.md").read_text()
+    assert page.count("\n| world | ") == page.count("\n| other | ") == 6  # the table, and each chart as one
+    assert json.loads((both / "speed.json").read_text()).keys() == {"world", "other"}
+    assert (both / "other" / "report.html").is_file()
     metrics = json.loads((a / "metrics.json").read_text())
     for name in REQUIRED:
         assert math.isfinite(metrics[name])
@@ -602,3 +620,12 @@ def test_wrong_inputs_are_named(trained, tmp_path):
         evaluate.Config(num_clips=-1)
     with pytest.raises(InputError, match="no checkpoint"):
         evaluate.main(config(tmp_path / "none", other, tmp_path))
+    with pytest.raises(InputError, match="one of them is given twice"):
+        evaluate.main(config((trained["world"], trained["world"]), other, tmp_path))
+    with pytest.raises(InputError, match="holds a tokenizer; several checkpoints must be worlds"):
+        evaluate.main(config((trained["tokenizer"], trained["world"]), other, tmp_path))
+
+
+def test_worlds_are_named_by_what_tells_them_apart():
+    assert names_of(("runs/a/world", "runs/b")) == {"world": "runs/a/world", "b": "runs/b"}
+    assert list(names_of(("runs/a/world", "runs/b/world", "runs/b/other"))) == ["a-world", "b-world", "b-other"]

@@ -1,5 +1,6 @@
 """All of Procgen's games: what is said of them is true of them, and the planner plays them."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -128,3 +129,25 @@ def test_modes_that_a_game_has_not_are_refused(tmp_path):
     options = RecordingOptions(num_episodes=3, distribution_mode="memory")
     with pytest.raises(InputError, match="`distribution_mode` memory: expected easy, hard, extreme for leaper"):
         record(Procgen("leaper"), options, tmp_path / "new", num_workers=0)
+
+
+def test_larger_frames_show_the_same_game(tmp_path, monkeypatch):
+    """The same levels and actions, and pictures that, made small again, are nearly those that agents are shown."""
+    monkeypatch.setattr(procgen, "EPISODE_STEPS", 40)
+    plain = RecordingOptions(policy="sticky", use_backgrounds=False, restrict_themes=True)
+    larger = dataclasses.replace(plain, height=128, width=128)
+    games = [Procgen("coinrun").sized(options) for options in (plain, larger)]
+    small, large = (
+        game.play(o, "val", 2, np.random.default_rng(3)) for game, o in zip(games, (plain, larger), strict=True)
+    )
+    np.testing.assert_array_equal(small.actions_BT, large.actions_BT)
+    np.testing.assert_array_equal(small.rewards_BT, large.rewards_BT)
+    assert large.frames_BTHWC.shape == (2, 40, 128, 128, 3)
+    halved = large.frames_BTHWC.reshape(2, 40, 64, 2, 64, 2, 3).mean(axis=(3, 5))
+    same, other = (np.abs(halved[:, i:] - small.frames_BTHWC[:, : 40 - i]).mean() for i in (0, 10))
+    assert same < 0.5 * other
+    assert {"height", "width"} <= games[1].options_of(larger).keys()
+    assert not {"height", "width"} & games[0].options_of(plain).keys()
+    for size in ({"height": 128}, {"height": 96, "width": 96}):
+        with pytest.raises(InputError, match="64, 128 or 256 pixels for coinrun"):
+            Procgen("coinrun").sized(dataclasses.replace(plain, **size))

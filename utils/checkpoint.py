@@ -95,10 +95,11 @@ def write_config(folder: Path, kind: str, model: Any, train: Any, parts: dict[st
             raise InputError(f"`ckpt_dir` {folder}: holds a {stored['kind']}, not a {kind}; choose another folder")
         compared = [name for name in ("model", "train", "parts", "weights") if name in stored]
         old, new = (_flat({name: config[name] for name in compared}) for config in (stored, fields))
+        defaults = _flat({"model": _defaults(model)})
         differing = [
             f"{name}: stored {old.get(name)}, given {new.get(name)}"
             for name in sorted(old | new)
-            if _differs(old, new, name) and name.split(".")[-1] not in HARMLESS | SPOKEN_OF
+            if _differs(old, new, name, defaults) and name.split(".")[-1] not in HARMLESS | SPOKEN_OF
         ]
         if differing and all_steps(folder):
             raise InputError(
@@ -129,9 +130,20 @@ def take_folder(folder: Path) -> contextlib.AbstractContextManager:
     return FolderLock(folder) if jax.process_index() == 0 else contextlib.nullcontext()
 
 
-def _differs(old: dict[str, Any], new: dict[str, Any], name: str) -> bool:
-    """Whether a field differs; one that is younger than the stored configuration was off then."""
-    return bool(new[name]) if name not in old else old[name] != new.get(name)
+def _differs(old: dict[str, Any], new: dict[str, Any], name: str, defaults: dict[str, Any]) -> bool:
+    """Whether a field differs; one that is younger than the stored configuration was off then, or at its default."""
+    if name not in old:
+        return bool(new[name]) and new[name] != defaults.get(name)
+    return old[name] != new.get(name)
+
+
+def _defaults(model: Any) -> dict[str, Any]:
+    """The defaults of a model's configuration; those of each part where it has parts."""
+    parts = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    parts = {name: part for name, part in parts.items() if dataclasses.is_dataclass(part)}
+    if parts:
+        return {name: _defaults(part) for name, part in parts.items()}
+    return dataclasses.asdict(type(model)())
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     latent_actions_BT: uint8, aligned like `actions_BT`.
     rewards_BT: float32, what each action earned; None unless asked for.
     ends_BT: uint8, how each action ended its level (see `models.ends`); None unless asked for.
+    latents_BTNL: float16, in the place of tokens, from a dataset of a tokenizer that makes latents.
     """
 
     frames_BTHWC: Any = None
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
     latent_actions_BT: Any = None
     rewards_BT: Any = None
     ends_BT: Any = None
+    latents_BTNL: Any = None
 
 
 class Source(Protocol):
@@ -213,6 +215,7 @@ class ClipSource:
             actions_BT=stack("actions_T", self.metadata.action_dtype),
             tokens_BTN=stack("tokens_TN", np.uint16),
             latent_actions_BT=stack("latent_actions_T", np.uint8),
+            latents_BTNL=stack("latents_TNL", np.float16),
         )
         return self._with_outcomes(batch, clips, [0] * len(clips))
 

@@ -35,6 +35,7 @@ COINRUN_IDLE_ACTION = "NONE"
 PER_FRAME = ("frames_THWC", "actions_T", "rewards_T", "tokens_TN", "latent_actions_T", "terminated_T", "truncated_T")
 """Fields of a clip that have a value for each frame."""
 _ACTION_DTYPES = ("<i4", "<f4")  # of discrete and of real actions
+_MADE_DTYPES = {"tokens": "<u2", "latents": "<f2"}  # of what a tokenizer makes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Clip:
     rewards_T: float32 or None; `rewards_T[t]` was earned by `actions_T[t]`.
     level_seed: The level of the environment, or None.
     clip_id: Unique in its dataset.
-    tokens_TN: uint16; None in a dataset of frames.
+    tokens_TN: uint16; None in a dataset of frames, and of a tokenizer that makes latents.
+    latents_TNL: float16, normalised (`Tokenizer.encode_latents`); None but of such a one.
     latent_actions_T: uint8, aligned like `actions_T`, the last one 0; None without a LAM.
     terminated_T: bool or None; whether `actions_T[t]` ended the episode or its level, by death, goal or otherwise.
     truncated_T: bool or None; whether `actions_T[t]` was the last one because time was up.
@@ -60,6 +62,7 @@ class Clip:
     rewards_T: np.ndarray | None = None
     level_seed: int | None = None
     tokens_TN: np.ndarray | None = None
+    latents_TNL: np.ndarray | None = None
     latent_actions_T: np.ndarray | None = None
     terminated_T: np.ndarray | None = None
     truncated_T: np.ndarray | None = None
@@ -67,22 +70,22 @@ class Clip:
 
     def __len__(self) -> int:
         """Frames."""
-        held = self.tokens_TN if self.tokens_TN is not None else self.frames_THWC
-        assert held is not None
-        return len(held)
+        return len(next(x for x in (self.tokens_TN, self.latents_TNL, self.frames_THWC) if x is not None))
 
 
 def encode_clip(clip: Clip) -> bytes:
     """Packs a clip into one self-describing record."""
-    frames, tokens = clip.frames_THWC, clip.tokens_TN
+    frames = clip.frames_THWC
     record: dict[str, Any] = {"version": FORMAT_VERSION, "clip_id": clip.clip_id, "level_seed": clip.level_seed}
     if frames is not None:
         if frames.dtype != np.uint8 or frames.ndim != 4:
             raise ValueError(f"frames must be uint8 (T, H, W, C), not {frames.dtype} {frames.shape}")
         record |= {"shape": frames.shape, "dtype": "uint8", "frames": frames.tobytes()}
-    if tokens is not None:
-        kept = {} if frames is None else {"frames_shape": frames.shape}
-        record |= {"shape": tokens.shape, "dtype": "<u2", "tokens": np.asarray(tokens, "<u2").tobytes()} | kept
+    for name, made in (("tokens", clip.tokens_TN), ("latents", clip.latents_TNL)):
+        if made is not None:
+            kept = {} if frames is None else {"frames_shape": frames.shape}
+            dtype = _MADE_DTYPES[name]
+            record |= {"shape": made.shape, "dtype": dtype, name: np.asarray(made, dtype).tobytes()} | kept
     action_dtype = _ACTION_DTYPES[0]
     if clip.actions_T is not None and clip.actions_T.ndim == 2:
         action_dtype = _ACTION_DTYPES[clip.actions_T.dtype.kind == "f"]
@@ -118,12 +121,12 @@ def decode_clip(record: bytes, source: str = "record") -> Clip:
         def array(name: str, dtype: str) -> np.ndarray | None:
             return None if name not in fields else np.frombuffer(fields[name], dtype)
 
-        shape = fields["shape"]
-        tokens, frames = array("tokens", "<u2"), array("frames", "u1")
-        if tokens is None and frames is None:
+        frames = array("frames", "u1")
+        made = {name: array(name, dtype) for name, dtype in _MADE_DTYPES.items()}
+        made = {name: values.reshape(fields["shape"]) for name, values in made.items() if values is not None}
+        if not made and frames is None:
             raise KeyError("frames")
-        if tokens is not None:
-            tokens, shape = tokens.reshape(shape), fields.get("frames_shape", shape)
+        shape = fields.get("frames_shape", fields["shape"])
         if (action_dtype := fields.get("action_dtype", "<i4")) not in _ACTION_DTYPES:
             raise ValueError(f"actions of type {action_dtype}")
         actions = array("actions", action_dtype)
@@ -135,7 +138,8 @@ def decode_clip(record: bytes, source: str = "record") -> Clip:
             actions_T=actions,
             rewards_T=array("rewards", "<f4"),
             level_seed=fields.get("level_seed"),
-            tokens_TN=tokens,
+            tokens_TN=made.get("tokens"),
+            latents_TNL=made.get("latents"),
             latent_actions_T=array("latent_actions", "u1"),
             terminated_T=array("terminated", "?"),
             truncated_T=array("truncated", "?"),
