@@ -78,10 +78,10 @@ def main(cfg: Config) -> None:
     world = model if kind == "world" else None
     tokenizer = world.tokenizer if world else model if kind == "tokenizer" else None
     lam = world.lam if world else model if kind == "lam" else None
-    frame_shape = (world.tokenizer if world else model).cfg.frame_shape
+    frame_shape = model.cfg.frame_shape
     bench = set_up(cfg, open_clips(cfg, stored, frame_shape))
 
-    measured, labels = Measured(), None
+    measured, labels, reconstruction = Measured(), None, None
     speed: dict[str, Any] = {"device": jax.devices()[0].device_kind, "batch_size": bench.plan.batch_size}
     if tokenizer:
         print(f"tokenizer, on {len(bench.truth)} clips", flush=True)
@@ -105,7 +105,7 @@ def main(cfg: Config) -> None:
         played = {"actions": "inferred" if lam else "true", "sampling": dataclasses.asdict(sampling)}
         measured |= Measured(details=played)
         step_ms = 1000 * bench.plan.batch_size / play.frames_per_second
-        speed |= {"rollout_frames_per_second": round(play.frames_per_second, 2), "maskgit_steps": sampling.steps}
+        speed |= {"rollout_frames_per_second": round(play.frames_per_second, 2), "steps_per_frame": sampling.steps}
         speed |= {"milliseconds_per_step_of_a_batch": round(step_ms, 2)}
         if cfg.sweep_sampling:
             print("rollouts with other steps, orders and temperatures", flush=True)

@@ -2,7 +2,7 @@
 
 A *kind* of dynamics is a subclass of `Dynamics`, looked up by name in `models.genie.DYNAMICS`. Two kinds work on the
 tokenizer's tokens and share what is here: a MaskGIT (`models.maskgit`), which fills hidden tokens in any order, and a
-causal model (`models.causal`), which predicts token after token.
+causal model (`models.causal`), which predicts token after token. A flow (`models.flow`) makes frames of pixels.
 """
 
 import dataclasses
@@ -16,21 +16,23 @@ from flax import nnx
 
 from models import flops, init
 from models.actions import ColumnEmbedding
+from models.flow_config import FlowConfig
 from models.kernels import KV, products, whole
 from models.motion import Damage, draw_damage, frames_before
-from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, patchify
+from models.nn import Compute, Past, Places, STTransformer, linear, patchify
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class DynamicsConfig(STConfig):
+class DynamicsConfig(FlowConfig):
     """Size of the dynamics model. Defaults: Appendix F, CoinRun."""
 
     num_blocks: int = 12
     """ST blocks of the dynamics model."""
-    kind: Literal["maskgit", "causal"] = "maskgit"
-    """maskgit fills hidden tokens in any order; causal predicts token after token, row by row."""
+    kind: Literal["maskgit", "causal", "flow"] = "maskgit"
+    """maskgit fills hidden tokens in any order; causal predicts token after token, row by row; flow makes each frame of
+    pixels, without a tokenizer, or of latents, in few steps."""
     action_token: Literal["prepend", "add"] = "prepend"
     """The action stands before the frame's tokens, or is added to each of them (the paper's way)."""
     mask_rates: Literal["frame", "clip"] = "frame"
@@ -48,8 +50,8 @@ class DynamicsConfig(STConfig):
     """Codes of the tokenizer, set from its checkpoint."""
     num_patches: Annotated[int, tyro.conf.Suppress] = 256
     """Tokens per frame, set from the tokenizer's checkpoint."""
-    patch_size: Annotated[int, tyro.conf.Suppress] = 4
-    """Side of a token's patch in pixels, set from the tokenizer's checkpoint."""
+    patch_size: int = 4
+    """Side of a patch in pixels, of a flow; of tokens it is their tokenizer's, set from its checkpoint."""
     frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
     """(H, W, C), set from the dataset."""
     num_actions: Annotated[int, tyro.conf.Suppress] = 6
@@ -64,23 +66,43 @@ class DynamicsConfig(STConfig):
 class Seen(NamedTuple):
     """A batch of clips as a dynamics model is trained on it; what a kind does not look at is never computed.
 
-    tokens_BTN: int32, the tokenizer's.
+    coded: What the tokenizer makes of them, tokens (B, T, N) or latents (B, T, N, L); None without one.
     frames_BTHWC: In [0, 1]; from a token dataset without, the frames that the tokens make.
     last_BTHWC: For each frame the picture before it as the model is shown it; see `Dynamics.pictures_before`.
     actions_BTm1: int32, or rows (see `models.actions`); entry t leads from frame t to frame t + 1.
+    codes_BTm1L: Of a LAM that learns along with the model, with their gradient.
     """
 
-    tokens_BTN: jax.Array
+    coded: jax.Array | None
     frames_BTHWC: jax.Array
     last_BTHWC: jax.Array
     actions_BTm1: jax.Array
+    codes_BTm1L: jax.Array | None = None
 
 
 class Dynamics(nnx.Module):
-    """What every kind of dynamics model answers to."""
+    """What every kind of dynamics model answers to.
+
+    A kind whose worlds have no tokenizer (`needs_tokenizer`) is given None in its place.
+    """
+
+    action_embedding: Any
+    action_columns: Any
 
     def __init__(self, cfg: DynamicsConfig, compute: Compute, rngs: nnx.Rngs):
         self.cfg = cfg
+
+    @staticmethod
+    def needs_tokenizer(cfg: DynamicsConfig) -> bool:
+        """Whether a world of this configuration has a tokenizer."""
+        return True
+
+    def embed_actions(self, actions_X: jax.Array) -> jax.Array:
+        """Embeddings (..., M) of actions; none is the last row."""
+        table_AM = whole(self.action_embedding[...])
+        if not self.cfg.action_values:
+            return table_AM[actions_X]
+        return jnp.where(jnp.isnan(actions_X[..., :1]), table_AM[-1], self.action_columns(actions_X))
 
     @staticmethod
     def flops(cfg: DynamicsConfig, num_frames: int) -> int:
@@ -105,7 +127,7 @@ class Dynamics(nnx.Module):
         """The loss of clips, a mean over them, and metrics; `drawn` is theirs of what `draw` gave."""
         raise NotImplementedError
 
-    def start(self, tokenizer: Tokenizer, frames_BTHWC: jax.Array, actions_BTm1: jax.Array, window: int) -> Any:
+    def start(self, tokenizer: Any, frames_BTHWC: jax.Array, actions_BTm1: jax.Array, window: int) -> Any:
         """Reads prompt frames, at most `window`: a state, a NamedTuple whose `frame` is the index of the next frame.
 
         All else that it holds has the batch first, but for caches, which have the blocks first and the batch next.
@@ -113,12 +135,12 @@ class Dynamics(nnx.Module):
         raise NotImplementedError
 
     def next_frame(
-        self, tokenizer: Tokenizer, state: Any, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig
+        self, tokenizer: Any, state: Any, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig
     ) -> tuple[jax.Array, Any]:
         """Draws the frame (B, H, W, C), about [0, 1], that an action leads to; also the state after it."""
         raise NotImplementedError
 
-    def start_from(self, tokenizer: Tokenizer) -> None:
+    def start_from(self, tokenizer: Any) -> None:
         """Before training, takes over what the tokenizer knows already."""
 
 
@@ -213,13 +235,6 @@ class TokenDynamics(Dynamics):
             x_BTNM = x_BTNM.at[:, :, self.extra_places(self.cfg) :].add(self.embed_picture(last_BTHWC))
         return self._predict(x_BTNM, past, keep)
 
-    def embed_actions(self, actions_X: jax.Array) -> jax.Array:
-        """Embeddings (..., M) of actions; none is the last row."""
-        table_AM = whole(self.action_embedding[...])
-        if not self.cfg.action_values:
-            return table_AM[actions_X]
-        return jnp.where(jnp.isnan(actions_X[..., :1]), table_AM[-1], self.action_columns(actions_X))
-
     def embed_picture(self, last_BTHWC: jax.Array) -> jax.Array:
         """What each place takes in of the picture before, (B, T, N, M)."""
         return self.picture_in(2.0 * patchify(last_BTHWC, self.cfg.patch_size) - 1.0)
@@ -269,9 +284,10 @@ class TokenDynamics(Dynamics):
 
     def loss(self, seen: Seen, drawn: Hidden) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of the hidden tokens, in nats, and the share that is guessed right."""
+        assert seen.coded is not None
         actions_BT = actions_to(seen.actions_BTm1)
-        out = self(seen.tokens_BTN, drawn.hidden_BTN, actions_BT, last_BTHWC=seen.last_BTHWC)
-        nll_BTN, hits_BTN = masked_cross_entropy(out.logits_BTNK, seen.tokens_BTN, drawn.hidden_BTN)
+        out = self(seen.coded, drawn.hidden_BTN, actions_BT, last_BTHWC=seen.last_BTHWC)
+        nll_BTN, hits_BTN = masked_cross_entropy(out.logits_BTNK, seen.coded, drawn.hidden_BTN)
         weight_B11 = drawn.weight_B[:, None, None]
         loss = jnp.mean(nll_BTN * weight_B11)
         return loss, {"cross_entropy": loss, "accuracy": jnp.mean(hits_BTN * weight_B11)}

@@ -15,9 +15,10 @@ from flax import nnx
 from models.causal import Causal
 from models.dynamics import Dynamics, DynamicsConfig
 from models.errors import InputError
+from models.flow import Flow
 from models.lam import LAM, LAMConfig
 from models.maskgit import MaskGIT
-from models.nn import Compute
+from models.nn import Compute, num_patches
 from models.sampling import SamplingConfig
 from models.stored import all_steps, first_line, newest_whole, read_items
 from models.tokenizer import Tokenizer, TokenizerConfig
@@ -27,7 +28,7 @@ PARAMETERS = "parameters.npz"
 """What an exported world (export.py) has in the place of checkpoints: its variables by path, parameters in half
 precision."""
 
-DYNAMICS: dict[str, type[Dynamics]] = {"maskgit": MaskGIT, "causal": Causal}
+DYNAMICS: dict[str, type[Dynamics]] = {"maskgit": MaskGIT, "causal": Causal, "flow": Flow}
 """The kinds of dynamics models, by `DynamicsConfig.kind`."""
 
 
@@ -35,14 +36,20 @@ DYNAMICS: dict[str, type[Dynamics]] = {"maskgit": MaskGIT, "causal": Causal}
 class WorldConfig:
     """What makes up a world.
 
+    tokenizer: None where the dynamics model needs none.
     lam: None where the dynamics model takes the dataset's true actions.
     window: Frames in a training clip; a rollout sees this many at once.
     """
 
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerConfig | None
     lam: LAMConfig | None
     dynamics: DynamicsConfig
     window: int
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.tokenizer.frame_shape if self.tokenizer else self.dynamics.frame_shape
 
 
 class World(nnx.Module):
@@ -50,7 +57,7 @@ class World(nnx.Module):
 
     def __init__(self, cfg: WorldConfig, compute: Compute, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.tokenizer = Tokenizer(cfg.tokenizer, compute, rngs)
+        self.tokenizer: Any = Tokenizer(cfg.tokenizer, compute, rngs) if cfg.tokenizer else None
         self.lam = LAM(cfg.lam, compute, rngs) if cfg.lam else None
         self.dynamics = DYNAMICS[cfg.dynamics.kind](cfg.dynamics, compute, rngs)
 
@@ -64,6 +71,24 @@ class World(nnx.Module):
         if self.lam is None:
             raise InputError("this world was trained on true actions and has no latent action model to infer them")
         return self.lam.infer(frames_BTHWC)
+
+
+def sized(cfg: DynamicsConfig, tokenizer: TokenizerConfig | None, frame_shape: tuple[int, int, int]) -> DynamicsConfig:
+    """A dynamics model's configuration with the sizes that its tokenizer has; without one, those of its own patches.
+
+    Raises:
+      InputError: Its patches are larger than the frames.
+    """
+    if tokenizer:
+        sizes: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("num_codes", "num_patches", "patch_size")}
+        if cfg.kind == "flow":
+            sizes["latent_width"] = tokenizer.code_width
+    else:
+        if not 1 <= cfg.patch_size <= min(frame_shape[:2]):
+            side = min(frame_shape[:2])
+            raise InputError(f"`patch_size` {cfg.patch_size}: must be from 1 to the frames' shorter side, {side}")
+        sizes = {"num_patches": num_patches(frame_shape, cfg.patch_size)}
+    return dataclasses.replace(cfg, frame_shape=frame_shape, **sizes)
 
 
 KINDS: dict[str, tuple[type, type]] = {
@@ -96,10 +121,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def model_config(kind: str, fields: dict[str, Any]) -> Any:
     """The frozen configuration of a model from what `config.json` holds."""
     if kind == "world":
-        lam = fields["lam"]
+        parts = {name: fields[name] and model_config(name, fields[name]) for name in ("tokenizer", "lam")}
         return WorldConfig(
-            tokenizer=model_config("tokenizer", fields["tokenizer"]),
-            lam=None if lam is None else model_config("lam", lam),
+            **parts,
             dynamics=_as_config(DynamicsConfig, fields["dynamics"]),
             window=fields["window"],
         )

@@ -14,6 +14,7 @@ from models.genie import KINDS, World, load
 MAY_DIFFER = {
     *("num_actions", "num_codes"),  # what depends on these is new
     *("codebook_decay", "reset_after", "unquantized_steps", "mask_rates", "picture_noise"),  # of training alone
+    *("flow_steps", "context_noise", "own_frames", "edge_weight"),
 }
 """Fields in which a model may differ from the one that it begins with."""
 

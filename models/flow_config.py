@@ -1,0 +1,49 @@
+"""What the flow kind of dynamics model (`models.flow`) adds to a `DynamicsConfig`."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+
+from models.errors import InputError
+from models.nn import STConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig(STConfig):
+    """Fields of the flow kind; of no account to others."""
+
+    space: Literal["pixels", "latents"] = "pixels"
+    """What a flow makes frames of: patches of pixels, without a tokenizer, or the latents of a continuous one."""
+    latent_width: Annotated[int, tyro.conf.Suppress] = 0
+    """Numbers of a latent, set from the tokenizer's checkpoint."""
+    head_blocks: int = 2
+    """Blocks of a flow's head, which alone runs at each sampling step; the backbone runs once a frame."""
+    flow_steps: int = 4
+    """Most sampling steps that a flow is trained for, a power of two; 1 leaves the plain prediction of the next frame.
+    All up to it are there in sampling."""
+    motion_reach: int = 0
+    """Pixels by which a flow can move the last frame, patch by patch; 0: it says what changes in each."""
+    context_noise: float = 0.05
+    """What a flow reads of past frames gets noise of this standard deviation, where white is 1, in training and in
+    sampling, so that it does not rely on what is too fine to be drawn."""
+    own_frames: int = 1
+    """In training, how often a flow's own frames, made in one step, take the place of some past ones before it learns:
+    so many frames of a rollout it has seen by itself. 0 shows it true frames only."""
+    action_width: Annotated[int, tyro.conf.Suppress] = 0
+    """Width of a latent action's code, where a LAM learns along by a flow's own loss; 0: actions have a table."""
+    edge_weight: float = 0.0
+    """Weight of a loss on the differences of neighbouring values in a flow's frames; it asks for edges."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.head_blocks < 1:
+            raise InputError(f"`head_blocks` {self.head_blocks}: must be at least 1", of=type(self))
+        if self.flow_steps < 1 or self.flow_steps & (self.flow_steps - 1):
+            raise InputError(f"`flow_steps` {self.flow_steps}: must be a power of two", of=type(self))
+        for name in ("motion_reach", "context_noise", "own_frames", "edge_weight"):
+            if getattr(self, name) < 0:
+                raise InputError(f"`{name}` {getattr(self, name)}: must not be negative", of=type(self))
+        for name in ("motion_reach", "edge_weight"):
+            if self.space == "latents" and getattr(self, name):
+                raise InputError(f"`{name}` {getattr(self, name)}: is for `space` pixels", of=type(self))
