@@ -205,7 +205,7 @@ class Flow(Dynamics):
         loss = jnp.mean(weight_BTm1 * error_BTm1)
         if self.cfg.edge_weight:
             made, goal = (self._frames(x) for x in (made_BTm1NP, goal_BTm1NP))
-            loss += self.cfg.edge_weight * jnp.mean(weight_BTm1 * edge_error(made, goal))
+            loss += self.cfg.edge_weight * jnp.mean(weight_BTm1 * edge_error(made, goal, self.cfg.patch_size))
         share = lambda is_BTm1: jnp.sum(error_BTm1 * is_BTm1) / jnp.maximum(jnp.sum(is_BTm1), 1)
         return loss, {"one_step_mse": share(size_BTm1 == 1.0), "flow_mse": share(size_BTm1 < 1.0)}
 

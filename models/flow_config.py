@@ -33,7 +33,7 @@ class FlowConfig(STConfig):
     action_width: Annotated[int, tyro.conf.Suppress] = 0
     """Width of a latent action's code, where a LAM learns along by a flow's own loss; 0: actions have a table."""
     edge_weight: float = 0.0
-    """Weight of a loss on the differences of neighbouring values in a flow's frames; it asks for edges."""
+    """Weight of a loss on how strong the edges in each patch of a flow's frames are: squared error alone blurs them."""
 
     def __post_init__(self):
         super().__post_init__()

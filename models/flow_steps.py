@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from models.flow_config import FlowConfig
+from models.nn import patchify
 
 WAVES = 4
 """Frequencies by which the head is told a level and a step's size."""
@@ -76,11 +77,20 @@ def towards(noisy_BTNP: jax.Array, made_BTNP: jax.Array, level_BT: jax.Array, si
     return noisy_BTNP + share_BT11 * (made_BTNP - noisy_BTNP)
 
 
-def edge_error(made_BTHWC: jax.Array, goal_BTHWC: jax.Array) -> jax.Array:
-    """Mean absolute error (B, T) of the differences of pixels beside and above each other."""
-    error_BTHWC = made_BTHWC - goal_BTHWC
-    across, down = (jnp.abs(jnp.diff(error_BTHWC, axis=axis)) for axis in (3, 2))
-    return jnp.mean(across, axis=(2, 3, 4)) + jnp.mean(down, axis=(2, 3, 4))
+def edge_error(made_BTHWC: jax.Array, goal_BTHWC: jax.Array, patch_size: int) -> jax.Array:
+    """By how much edges are too weak or too strong, (B, T): a mean over patches, wherever in one they lie.
+
+    Squared error alone blurs an edge whose place is unsure. The strength is the root mean square of the differences of
+    neighbours, which a blurred edge has less of.
+    """
+
+    def strength(frames_BTHWC: jax.Array) -> jax.Array:
+        padded = jnp.pad(frames_BTHWC, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
+        down, across = jnp.diff(padded[:, :, :, :-1], axis=2), jnp.diff(padded[:, :, :-1], axis=3)
+        edges = patchify(jnp.square(jnp.concatenate([down, across], axis=-1)), patch_size)
+        return jnp.sqrt(jnp.mean(edges.reshape(*edges.shape[:3], patch_size**2, -1), axis=3) + 1e-4)
+
+    return jnp.mean(jnp.abs(strength(made_BTHWC) - strength(goal_BTHWC)), axis=(2, 3))
 
 
 def pick(values: jax.Array, frames_BX: jax.Array) -> jax.Array:

@@ -86,7 +86,8 @@ def sized(cfg: DynamicsConfig, tokenizer: TokenizerConfig | None, frame_shape: t
     else:
         if not 1 <= cfg.patch_size <= min(frame_shape[:2]):
             side = min(frame_shape[:2])
-            raise InputError(f"`patch_size` {cfg.patch_size}: must be from 1 to the frames' shorter side, {side}")
+            message = f"`patch_size` {cfg.patch_size}: must be from 1 to the frames' shorter side, {side}"
+            raise InputError(message, of=DynamicsConfig)
         sizes = {"num_patches": num_patches(frame_shape, cfg.patch_size)}
     return dataclasses.replace(cfg, frame_shape=frame_shape, **sizes)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from models.dynamics import DynamicsConfig
 from models.errors import InputError
 from models.genie import DYNAMICS, WorldConfig, sized, stored_model_config
 from utils.action_source import ActionSource, InferredActions, JointActions, LearnedActions, StoredActions, TrueActions
@@ -20,7 +21,7 @@ def choose_actions(cfg: Any, metadata: Metadata) -> ActionSource:
     lam = dataclasses.replace(cfg.lam, frame_shape=metadata.frame_shape, own_decoder=not cfg.joint_lam)
     if cfg.joint_lam:
         if cfg.model.kind != "flow" or cfg.lam_checkpoint:
-            raise InputError("`joint_lam`: needs `model.kind` flow, and no `lam_checkpoint`")
+            raise InputError("`joint_lam`: needs `kind` flow, and no `lam_checkpoint`", of=DynamicsConfig)
         return JointActions(lam, cfg.commitment)
     if not cfg.lam_checkpoint:
         return LearnedActions(lam, cfg.commitment)
@@ -39,8 +40,9 @@ def world_config(cfg: Any, metadata: Metadata, source: ActionSource) -> WorldCon
         tokenizer = stored_model_config(cfg.tokenizer_checkpoint, "tokenizer")
         if cfg.model.kind == "flow" and getattr(tokenizer, "kind", "vq") != "mae":
             raise InputError(
-                f"`tokenizer_checkpoint` {cfg.tokenizer_checkpoint}: has tokens, but `model.space` latents needs a "
-                "tokenizer of kind mae; train one, or take pixels"
+                f"`tokenizer_checkpoint` {cfg.tokenizer_checkpoint}: has tokens, but `space` latents needs a "
+                "tokenizer of kind mae; train one, or take pixels",
+                of=DynamicsConfig,
             )
     elif metadata.tokens:
         raise InputError(f"`data_dir` {cfg.data_dir}: holds tokens, but a flow in pixels learns from frames")
