@@ -196,8 +196,8 @@ class Flow(Dynamics):
         noisy_BTm1NP = mixed(drawn.start_BTm1NP, next_BTm1NP, level_BTm1)
         goal_BTm1NP = next_BTm1NP
         if drawn.halved_BX.shape[1]:
-            chosen = jax.tree.map(lambda x: pick(x, drawn.halved_BX), (task, noisy_BTm1NP))
-            goal = self._two_steps(*chosen, drawn)
+            some, noisy = jax.tree.map(lambda x: pick(x, drawn.halved_BX), (task, noisy_BTm1NP))
+            goal = self._two_steps(some, noisy, drawn)
             goal_BTm1NP = put(next_BTm1NP, drawn.halved_BX, goal)
         made_BTm1NP = self.predict(task, noisy_BTm1NP, level_BTm1, size_BTm1)
         weight_BTm1 = jnp.where(size_BTm1 == 1.0, 1.0, 0.1 + 0.9 * level_BTm1)

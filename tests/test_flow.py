@@ -26,6 +26,7 @@ from models.nn import Compute
 from models.sampling import SamplingConfig, next_frame, rollout, start_rollout
 from models.tokenizer import Decoded
 from tests.conftest import SMALL, script
+from tests.test_distributed import assert_close, processes
 from tests.test_train import assert_same, flags, losses, refused, stored
 
 FRAME = (8, 12, 3)
@@ -368,6 +369,18 @@ def test_a_flow_resumes_exactly(trained_flow, tmp_path):
     assert losses(copy) == losses(folder)
     for item in ("model", "optimizer"):
         assert_same(stored(copy, 6, item), stored(folder, 6, item))
+
+
+@pytest.mark.slow
+def test_a_flow_learns_alike_on_many_devices_in_processes_and_recomputed(trained_flow, tmp_path):
+    folder, given = trained_flow
+    script("train_dynamics", *given, "--ckpt_dir", tmp_path / "fsdp", "--fsdp", 2, devices=4)
+    processes(2, "train_dynamics", *given, "--ckpt_dir", tmp_path / "two")
+    script("train_dynamics", *given, "--ckpt_dir", tmp_path / "parts", "--grad_accum", 4, "--remat", "block")
+    for name in ("fsdp", "two", "parts"):
+        assert_close(losses(tmp_path / name), losses(folder))
+    script("train_dynamics", *given, "--ckpt_dir", tmp_path / "half", "--dtype", "bfloat16", "--remat", "dots")
+    np.testing.assert_allclose(list(losses(tmp_path / "half").values()), list(losses(folder).values()), rtol=0.05)
 
 
 def test_a_world_without_a_tokenizer_samples_exports_and_is_measured(trained_flow, tmp_path):
