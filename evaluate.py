@@ -106,7 +106,7 @@ def measure(
     world = model if kind == "world" else None
     tokenizer = world.tokenizer if world else model if kind == "tokenizer" else None
     lam = world.lam if world else model if kind == "lam" else None
-    measured, labels = Measured(), None
+    measured, labels, reconstruction = Measured(), None, None
     speed: dict[str, Any] = {"device": jax.devices()[0].device_kind, "batch_size": bench.plan.batch_size}
     if tokenizer:
         print(f"tokenizer, on {len(bench.truth)} clips", flush=True)
@@ -132,7 +132,7 @@ def measure(
         played = {"actions": "inferred" if lam else "true", "sampling": dataclasses.asdict(sampling)}
         measured |= Measured(details=played)
         step_ms = 1000 * bench.plan.batch_size / play.frames_per_second
-        speed |= {"rollout_frames_per_second": round(play.frames_per_second, 2), "maskgit_steps": sampling.steps}
+        speed |= {"rollout_frames_per_second": round(play.frames_per_second, 2), "steps_per_frame": sampling.steps}
         speed |= {"milliseconds_per_step_of_a_batch": round(step_ms, 2)}
         if cfg.sweep_sampling:
             print("rollouts with other steps, orders and temperatures", flush=True)
@@ -163,7 +163,7 @@ def open_clips(cfg: Config, stored: list[dict[str, Any]]) -> ClipSource:
 
 def expect_frames(source: ClipSource, checkpoint: str, model: Any) -> None:
     """Refuses a model of frames of another size than the clips have."""
-    expected, found = getattr(model, "tokenizer", model).cfg.frame_shape, source.metadata.frame_shape
+    expected, found = model.cfg.frame_shape, source.metadata.frame_shape
     if found != expected:
         raise InputError(f"`data_dir` {source.folder}: frames of {found}, those of {checkpoint} are {expected}")
 

@@ -175,8 +175,8 @@ def main(cfg: Config) -> None:
     world, sampling = load_world(cfg.run), cfg.over(stored_sampling(cfg.run))
     data_dir = cfg.data_dir or data_of(cfg.run)
     metadata = read_metadata(data_dir)
-    if metadata.frame_shape != world.cfg.tokenizer.frame_shape:
-        expected = world.cfg.tokenizer.frame_shape
+    if metadata.frame_shape != world.cfg.frame_shape:
+        expected = world.cfg.frame_shape
         raise InputError(f"`data_dir` {data_dir}: frames of {metadata.frame_shape}, the world's are {expected}")
     out.parent.mkdir(parents=True, exist_ok=True)
     # A folder that is there is whole.

@@ -85,10 +85,10 @@ def read_clips(cfg: Config, world: World, num_frames: int) -> tuple[ClipSource, 
             f"`actions` {cfg.actions} the truth must be as long; choose fewer, or `actions` random or a list"
         )
     source = ClipSource(data_dir, cfg.split, length if cfg.from_truth else min(length, world.cfg.window))
-    if source.metadata.frame_shape != world.cfg.tokenizer.frame_shape:
+    if source.metadata.frame_shape != world.cfg.frame_shape:
         raise InputError(
             f"`data_dir` {data_dir}: frames of {source.metadata.frame_shape}, but the world was trained on "
-            f"{world.cfg.tokenizer.frame_shape}"
+            f"{world.cfg.frame_shape}"
         )
     return source, next(batches(source, cfg.num_clips, cfg.seed))
 

@@ -1,6 +1,7 @@
 """Trains the dynamics model on the tokens of a trained tokenizer and the actions of a trained LAM (Genie, §2.1).
 
     python train_dynamics.py --tokenizer_checkpoint runs/tokenizer --lam_checkpoint runs/lam
+    python train_dynamics.py --preset flow --lam_checkpoint runs/lam      # on pixels, without a tokenizer
 
 Without --lam_checkpoint a LAM is trained along with it; with --use_gt_actions the dataset's own actions take its place.
 The checkpoint is a whole world: it holds the tokenizer and the LAM too.
@@ -16,17 +17,16 @@ from flax import nnx
 from models import flops
 from models.actions import random_actions
 from models.dynamics import DynamicsConfig, Seen
-from models.errors import InputError
-from models.genie import DYNAMICS, World, WorldConfig, fingerprint, load_lam, load_tokenizer, stored_model_config
+from models.genie import DYNAMICS, World, WorldConfig, fingerprint, load_lam, load_tokenizer
 from models.lam import LAMConfig
 from models.sampling import SamplingConfig, roll
-from utils.action_source import ActionSource, InferredActions, LearnedActions, StoredActions, TrueActions
+from utils.action_source import ActionSource, InferredActions
 from utils.cli import run
 from utils.data import Batch
-from utils.judge import head_names, heads_config, judge
+from utils.judge import head_names, judge
 from utils.metrics import rollout_quality, usage
 from utils.mixture import open_split
-from utils.records import Metadata
+from utils.parts import choose_actions, world_config
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
 
@@ -39,9 +39,11 @@ class Config(TrainConfig):
     lam: LAMConfig = LAMConfig()  # noqa: RUF009 (frozen)
     """Of the LAM that is trained along, when there is no --lam_checkpoint."""
     tokenizer_checkpoint: str = "runs/tokenizer"
-    """--ckpt_dir of the tokenizer's training."""
+    """--ckpt_dir of the tokenizer's training; of no account to a flow in pixels."""
     lam_checkpoint: str = ""
     """--ckpt_dir of the LAM's training; empty trains a LAM along with the dynamics model."""
+    joint_lam: bool = False
+    """Train the LAM's encoder along by a flow's own loss, without a decoder of its own."""
     use_gt_actions: bool = False
     """Take the dataset's true actions instead of latent ones."""
     heads: str = ""
@@ -92,6 +94,13 @@ PRESETS = {
         sampling=SamplingConfig(steps=2, temperature=0.0),
     ),
     "tiny": TINY,
+    "flow": dataclasses.replace(
+        TINY,
+        model=DynamicsConfig(**SIZE, kind="flow", num_blocks=2, patch_size=8, motion_reach=6),
+        sampling=SamplingConfig(steps=1),
+        num_steps=2000,
+        decay_steps=1000,
+    ),
     "small": dataclasses.replace(
         TINY,
         model=dataclasses.replace(TINY.model, num_blocks=4, picture_noise=0.1, picture_blur=0.0),
@@ -109,33 +118,39 @@ PRESETS = {
     ),
 }
 """coinrun: the paper's, Appendix F; moving: ours, of the same size, with decoders that move the last frame. Neither has
-run on a GPU yet. tiny: what `make demo` runs. small: as worlds/coinrun-small was trained. bench: for benchmarks/."""
+run on a GPU yet. tiny: what `make demo` runs. flow: of its size, on pixels. small: as worlds/coinrun-small was trained.
+bench: for benchmarks/."""
 
 
 def loss_fn(world: World, inputs: tuple[Batch, Any], source: ActionSource, train: bool = True) -> tuple:
     """The dynamics model's loss on a batch and what `Dynamics.draw` drew for it; that of a LAM trained along, which
     shares no parameter with it, is added."""
     batch, drawn = inputs
-    tokens_BTN, frames, last = see(world, batch, drawn)
+    coded, frames, last = see(world, batch, drawn)
     acted = source.actions(world, batch, frames, train)
-    loss, metrics = world.dynamics.loss(seen := Seen(tokens_BTN, frames, last, acted.actions_BTm1), drawn)
+    actions = acted.actions_BTm1, acted.vectors_BTm1L
+    loss, metrics = world.dynamics.loss(seen := Seen(coded, frames, last, *actions), drawn)
     judged, told = judge(world, seen, batch, train)
     if acted.codes:
         metrics["lam_loss"] = jnp.asarray(acted.loss)
     return loss + acted.loss + judged, (metrics | told, acted.codes)
 
 
-def see(world: World, batch: Batch, drawn: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens (B, T, N), frames in [0, 1], and the pictures shown before them; stored tokens make those not stored."""
+def see(world: World, batch: Batch, drawn: Any) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """Tokens (B, T, N) or latents of frames, these in [0, 1], and the pictures shown before them; stored tokens make
+    frames that are not stored."""
     tokenizer, stored = world.tokenizer, batch.tokens_BTN
     if batch.frames_BTHWC is None:
         frames = jnp.clip(tokenizer.decode(stored.astype(jnp.int32)).frames_BTHWC, 0, 1)
     else:
         frames = batch.frames_BTHWC.astype(jnp.float32) / 255
     last = world.dynamics.pictures_before(frames, drawn)
+    if tokenizer is None:
+        return None, frames, last
     if stored is not None and not tokenizer.cfg.closed_loop:  # else they depend on what is shown
         return stored.astype(jnp.int32), frames, last
-    return jax.lax.stop_gradient(tokenizer.encode(frames, last)), frames, last
+    encode = tokenizer.encode_latents if world.cfg.dynamics.latent_width else tokenizer.encode
+    return jax.lax.stop_gradient(encode(frames, last)), frames, last
 
 
 def draw(world: World, batch: Batch, key: jax.Array) -> tuple[Batch, Any]:
@@ -155,6 +170,8 @@ def train_step(
     if codes:
         model = state.model()
         model.lam.vq.update(*codes, code_key)
+        if cfg.joint_lam:
+            model.dynamics.follow(model.lam)
         state = state.with_rest_of(model)
         metrics["lam_usage"] = usage(codes[1], cfg.lam.num_codes)
     return state, metrics | norms
@@ -172,39 +189,11 @@ def evaluate(world: World, batch: Batch, key: jax.Array, cfg: Config, source: Ac
     return {"loss": loss} | metrics | rollout_quality(predicted, misled, frames), videos
 
 
-def choose_actions(cfg: Config, metadata: Metadata) -> ActionSource:
-    """Where the actions come from: the dataset, a trained LAM (or what it has left there), or one trained along."""
-    if cfg.use_gt_actions:
-        return TrueActions()
-    if not cfg.lam_checkpoint:
-        return LearnedActions(dataclasses.replace(cfg.lam, frame_shape=metadata.frame_shape), cfg.commitment)
-    lam = stored_model_config(cfg.lam_checkpoint, "lam")
-    return StoredActions(lam) if metadata.tokens else InferredActions(lam)
-
-
-def world_config(cfg: Config, metadata: Metadata, source: ActionSource) -> WorldConfig:
-    """Puts the world together from the checkpoints and the dataset."""
-    tokenizer = stored_model_config(cfg.tokenizer_checkpoint, "tokenizer")
-    for name, part in (("tokenizer", tokenizer), ("lam", source.lam)):
-        if part and part.frame_shape != metadata.frame_shape:
-            raise InputError(
-                f"`{name}_checkpoint`: made for frames of {part.frame_shape}, but {cfg.data_dir} has "
-                f"{metadata.frame_shape}; use the dataset that it was trained on"
-            )
-    dynamics = dataclasses.replace(
-        cfg.model,
-        num_codes=tokenizer.num_codes,
-        num_patches=tokenizer.num_patches,
-        patch_size=tokenizer.patch_size,
-        frame_shape=tokenizer.frame_shape,
-        **source.actions_of(metadata),
-    )
-    return WorldConfig(tokenizer, source.lam, dynamics, cfg.seq_len, heads_config(cfg.heads, cfg.use_gt_actions))
-
-
 def clip_flops(world_cfg: WorldConfig, source: ActionSource, from_tokens: bool = False) -> int:
     """Floating-point operations of a training step for one clip; frozen parts only run forward."""
-    encode = 0 if from_tokens else flops.tokenizer_encode(world_cfg.tokenizer, world_cfg.window)
+    tokenizer, encode = world_cfg.tokenizer, 0
+    if tokenizer and not from_tokens:
+        encode = flops.tokenizer_encode(tokenizer, world_cfg.window)
     dynamics = DYNAMICS[world_cfg.dynamics.kind].flops(world_cfg.dynamics, world_cfg.window)
     return (4 if world_cfg.heads else 3) * dynamics + encode + source.flops(world_cfg.window)
 
@@ -214,7 +203,7 @@ def main(cfg: Config) -> None:
     train, val = (open_split(cfg.data_dir, s, cfg.seq_len, True, head_names(cfg.heads)) for s in ("train", "val"))
     source = choose_actions(cfg, train.metadata)
     world_cfg = world_config(cfg, train.metadata, source)
-    trained: dict[str, Any] = {"tokenizer": load_tokenizer(cfg.tokenizer_checkpoint)}
+    trained: dict[str, Any] = {"tokenizer": load_tokenizer(cfg.tokenizer_checkpoint)} if world_cfg.tokenizer else {}
     if isinstance(source, InferredActions):
         trained["lam"] = load_lam(cfg.lam_checkpoint)
     parts = {name: fingerprint(model) for name, model in trained.items()}

@@ -12,6 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import train_dynamics
+import train_lam
+import train_tokenizer
+from models.genie import DYNAMICS, WorldConfig, sized
+
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -19,6 +24,15 @@ class Output:
 
     json: bool = False
     """Also print the figures as one line of JSON."""
+
+
+def world_config(preset: str) -> WorldConfig:
+    """That of a world of a preset's size, with latent actions; tokenizer and LAM of `tiny` where it has none itself."""
+    training = train_dynamics.PRESETS[preset]
+    parts = [script.PRESETS.get(preset, script.PRESETS["tiny"]).model for script in (train_tokenizer, train_lam)]
+    tokenizer = parts[0] if DYNAMICS[training.model.kind].needs_tokenizer(training.model) else None
+    dynamics = sized(dataclasses.replace(training.model, num_actions=parts[1].num_codes), tokenizer, (64, 64, 3))
+    return WorldConfig(tokenizer, parts[1], dynamics, training.seq_len)
 
 
 def seconds(call: Callable[[], Any], repeats: int, warm_up: int = 1) -> list[float]:

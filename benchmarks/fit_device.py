@@ -20,9 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks import sample, train_step
 from benchmarks.devices import DEVICES, USABLE, absent_devices, prepare
 from benchmarks.hlo import collectives, int8_products, kernels, product_flops
-from models import flops
 from models.errors import InputError
-from models.genie import DYNAMICS, World
+from models.genie import World
 from models.nn import Compute
 from models.sampling import SamplingConfig, next_frame, start_rollout
 from utils.cli import run
@@ -46,7 +45,7 @@ class Config:
     """Over how many hosts GPUs are spread."""
     model: tuple[Literal["tokenizer", "lam", "dynamics", "sample"], ...] = ("tokenizer", "lam", "dynamics", "sample")
     """Trainings, and the sampling of one frame."""
-    preset: Literal["bench", "tiny", "small", "coinrun", "moving", "mae"] = "coinrun"
+    preset: Literal["bench", "tiny", "flow", "small", "coinrun", "moving", "mae"] = "coinrun"
     """Their size; mae is of the tokenizer alone."""
     batch_size: int = 0
     """Clips in a global batch, or videos sampled together; 0: the preset's, and one video."""
@@ -65,7 +64,7 @@ class Config:
     from_tokens: bool = False
     """For the dynamics model: from stored tokens and latent actions instead of from frames."""
     steps: int = 25
-    """MaskGIT steps of a sampled frame."""
+    """Steps of a sampled frame, of a MaskGIT or a flow."""
     json: bool = False
     """Also print the figures as one line of JSON."""
 
@@ -197,7 +196,7 @@ def frame(cfg: Config, devices: Sequence[Any]) -> dict[str, Any]:
     world = nnx.eval_shape(lambda: sample.make_world(size, compute))
     graphdef, variables = nnx.split(world)
     prompt, actions = (
-        jax.ShapeDtypeStruct((B, 1, *world.cfg.tokenizer.frame_shape), jnp.float32),
+        jax.ShapeDtypeStruct((B, 1, *world.cfg.frame_shape), jnp.float32),
         jnp.zeros((B, 0), int),
     )
     state = jax.eval_shape(lambda v, p: start_rollout(nnx.merge(graphdef, v), p, actions), variables, prompt)
@@ -212,9 +211,7 @@ def frame(cfg: Config, devices: Sequence[Any]) -> dict[str, Any]:
 
     began = time.monotonic()
     compiled = jax.jit(one, donate_argnums=1).lower(*given).compile(options(cfg))
-    dynamics, window = world.cfg.dynamics, world.cfg.window - 1
-    work = B * DYNAMICS[dynamics.kind].frame_flops(dynamics, window, sampling)
-    work += B * flops.tokenizer_decode(world.cfg.tokenizer, 1, window)
+    work = B * sample.frame_flops(world, sampling)
     values = {"model": "sample", "dtype": compute.dtype, "batch_size": B, "devices": 1, "flops": float(work)}
     values["compile_s"] = time.monotonic() - began
     return values | needs(cfg, compiled, B) | program(compiled.as_text()) | roofline(cfg, values, compiled)

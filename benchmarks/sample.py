@@ -12,12 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-import train_dynamics
-import train_lam
-import train_tokenizer
-from benchmarks.common import Output, floor, random_frames, seconds, show
+from benchmarks.common import Output, floor, random_frames, seconds, show, world_config
 from models import flops
-from models.genie import DYNAMICS, World, WorldConfig
+from models.genie import DYNAMICS, World
 from models.maskgit import fill_tokens
 from models.nn import Compute
 from models.sampling import SamplingConfig, _rollout, start_rollout
@@ -28,14 +25,14 @@ from utils.cli import run
 class Config(Output):
     """Measures a rollout from one prompt frame to the end of the window, of a world with random parameters."""
 
-    preset: Literal["bench", "tiny", "small", "coinrun", "moving"] = "bench"
+    preset: Literal["bench", "tiny", "flow", "small", "coinrun", "moving"] = "bench"
     """Size of the three models."""
-    kind: Literal["maskgit", "causal"] = "maskgit"
-    """Kind of the dynamics model."""
+    kind: Literal["", "maskgit", "causal"] = ""
+    """Kind of the dynamics model, one over tokens; default: the preset's."""
     batch_size: int = 1
     """Videos sampled together."""
     steps: int = 25
-    """MaskGIT steps per frame."""
+    """Steps per frame, of a MaskGIT or a flow."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto takes bfloat16 on a GPU."""
     repeats: int = 5
@@ -44,18 +41,24 @@ class Config(Output):
 
 def make_world(cfg: Config, compute: Compute) -> World:
     """A world of the preset's size."""
-    tokenizer, lam = train_tokenizer.PRESETS[cfg.preset].model, train_lam.PRESETS[cfg.preset].model
-    training = train_dynamics.PRESETS[cfg.preset]
-    sizes = {name: getattr(tokenizer, name) for name in ("num_codes", "num_patches", "patch_size")}
-    dynamics = dataclasses.replace(training.model, kind=cfg.kind, **sizes)
-    return World(WorldConfig(tokenizer, lam, dynamics, training.seq_len), compute, nnx.Rngs(0))
+    world_cfg = world_config(cfg.preset)
+    if cfg.kind:
+        world_cfg = dataclasses.replace(world_cfg, dynamics=dataclasses.replace(world_cfg.dynamics, kind=cfg.kind))
+    return World(world_cfg, compute, nnx.Rngs(0))
+
+
+def frame_flops(world: World, sampling: SamplingConfig) -> int:
+    """Floating-point operations of one frame of a full window, with its decoding."""
+    cfg, past = world.cfg, world.cfg.window - 1
+    decoding = flops.tokenizer_decode(cfg.tokenizer, 1, past) if cfg.tokenizer else 0
+    return DYNAMICS[cfg.dynamics.kind].frame_flops(cfg.dynamics, past, sampling) + decoding
 
 
 def uncached_frame_s(world: World, B: int, steps: int) -> float:
     """Seconds for the last frame of the window where each step computes all of it."""
     T, N = world.cfg.window, world.cfg.dynamics.num_patches
     graphdef, variables = nnx.split(world)
-    pictures = jnp.zeros((B, T, *world.cfg.tokenizer.frame_shape))  # for models that see or move them
+    pictures = jnp.zeros((B, T, *world.cfg.frame_shape))  # for models that see or move them
 
     @jax.jit
     def frame(variables, past_BTN, actions_BT, key):
@@ -89,14 +92,15 @@ def main(cfg: Config) -> None:
     times = seconds(lambda: play(variables, prompt, actions, jax.random.key(0), sampling), cfg.repeats)
     rollout_s = statistics.median(times)
 
-    # Work of one frame: its tokens in each step and once more to be kept, and its decoding.
-    dynamics, tokenizer = world.cfg.dynamics, world.cfg.tokenizer
-    drawing = DYNAMICS[cfg.kind].frame_flops(dynamics, S, sampling)
-    work = B * (drawing + flops.tokenizer_decode(tokenizer, 1, S))
+    # Work of one frame: its making in each step and once more to be kept, and its decoding.
+    dynamics = world.cfg.dynamics
     state = jax.eval_shape(lambda: start_rollout(world, prompt, actions[:, :0]))
-    caches, parameters = _bytes((state.dynamics, state.decoder)), _bytes(nnx.state(world.dynamics))
-    reads = dynamics.num_patches if cfg.kind == "causal" else cfg.steps + 1
-    limits = floor(work, reads * (parameters + _bytes(state.dynamics)) + caches, dtype)
+    # What of a state is read in each step, and what once a frame.
+    again, once = (state.dynamics, state.decoder) if world.tokenizer else ((), state.backbone)
+    parameters = _bytes(nnx.state(world.dynamics))
+    reads = dynamics.num_patches if dynamics.kind == "causal" else cfg.steps + 1
+    work = B * frame_flops(world, sampling)
+    limits = floor(work, reads * (parameters + _bytes(again)) + _bytes((again, once)), dtype)
     values: dict[str, Any] = {
         "rollout_s": rollout_s,
         "frame_ms": 1e3 * rollout_s / S,
@@ -104,10 +108,10 @@ def main(cfg: Config) -> None:
         "compile_s": compile_s,
         **limits,
     }
-    if cfg.kind == "maskgit":
+    if dynamics.kind == "maskgit":
         values["uncached_frame_ms"] = 1e3 * uncached_frame_s(world, B, cfg.steps)
         values["speedup"] = values["uncached_frame_ms"] / values["frame_ms"]
-    what = f"{cfg.kind}, {S} frames from 1, batch {B}, {cfg.steps} steps"
+    what = f"{dynamics.kind}, {S} frames from 1, batch {B}, {cfg.steps} steps"
     show(f"sample {cfg.preset} preset, {what}, {dtype}", values, cfg.json)
 
 

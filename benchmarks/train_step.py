@@ -17,9 +17,9 @@ from flax import nnx
 import train_dynamics
 import train_lam
 import train_tokenizer
-from benchmarks.common import Output, floor, peak_memory, random_frames, seconds, show
+from benchmarks.common import Output, floor, peak_memory, random_frames, seconds, show, world_config
 from models.errors import InputError
-from models.genie import World, WorldConfig
+from models.genie import World
 from models.lam import LAM
 from models.nn import Compute
 from models.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ class Config(Output, Compute):
 
     model: Literal["tokenizer", "lam", "dynamics"] = "tokenizer"
     """Which training."""
-    preset: Literal["bench", "tiny", "small", "coinrun", "moving", "mae"] = "bench"
+    preset: Literal["bench", "tiny", "flow", "small", "coinrun", "moving", "mae"] = "bench"
     """Its size, batch included; mae is of the tokenizer alone."""
     from_tokens: bool = False
     """For the dynamics model: from stored tokens and latent actions instead of from frames."""
@@ -60,15 +60,11 @@ def setting(cfg: Config) -> tuple[TrainConfig, Callable[[], TrainState], Callabl
         train_cfg = dataclasses.replace(train_cfg, batch_size=cfg.batch_size)
     trainable: Any = nnx.Param
     if cfg.model == "dynamics":
-        tokenizer, lam = train_tokenizer.PRESETS[cfg.preset].model, train_lam.PRESETS[cfg.preset].model
-        codes = {
-            "num_codes": tokenizer.num_codes,
-            "num_patches": tokenizer.num_patches,
-            "patch_size": tokenizer.patch_size,
-        }
-        world_cfg = WorldConfig(tokenizer, lam, dataclasses.replace(train_cfg.model, **codes), train_cfg.seq_len)
+        world_cfg = world_config(cfg.preset)
         build: Any = lambda: World(world_cfg, cfg, nnx.Rngs(0))
         # The LAM stands for a loaded one: it infers and is not trained.
+        lam = world_cfg.lam
+        assert lam
         source = StoredActions(lam) if cfg.from_tokens else InferredActions(lam)
         trainable, flops = source.trainable, script.clip_flops(world_cfg, source, cfg.from_tokens)
         train_step: Any = lambda state, batch, key: script.train_step(state, batch, key, train_cfg, source)

@@ -110,7 +110,10 @@ def reconstruct(tokenizer: Tokenizer, frames: np.ndarray, batch_size: int) -> Re
 
 
 class Inference(NamedTuple):
-    """What a LAM makes of clips: uint8 predictions of frames 1 ... T - 1 and the latent actions that led to them."""
+    """What a LAM makes of clips: uint8 predictions of frames 1 ... T - 1 and the latent actions that led to them.
+
+    Without a decoder of its own it predicts what stands there already.
+    """
 
     next_frames_BTm1HWC: np.ndarray
     actions_BTm1: np.ndarray
@@ -120,6 +123,8 @@ def infer(lam: LAM, frames: np.ndarray, batch_size: int) -> Inference:
     """Frames through the LAM."""
 
     def forward(lam, frames):
+        if not lam.cfg.own_decoder:
+            return frames[:, :-1], lam.infer(to_float(frames))
         out = lam(to_float(frames))
         return to_uint8(out.next_frames_BTm1HWC), out.actions_BTm1
 

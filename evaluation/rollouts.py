@@ -103,7 +103,7 @@ def measure_rollouts(
     compare: Compare,
     truth: np.ndarray,
     played: Mapping[int, np.ndarray],
-    reconstruction: Scores,
+    reconstruction: Scores | None,
     levels_B: np.ndarray | None = None,
 ) -> Measured:
     """Fidelity of rollouts, between two lines on the same frames.
@@ -112,7 +112,7 @@ def measure_rollouts(
 
     Args:
       played: What `play_on` gives.
-      reconstruction: Of all frames of the clips.
+      reconstruction: Of all frames of the clips; None without a tokenizer.
       levels_B: Of the clips; those of one level count as dependent.
     """
     measured = Measured()
@@ -122,8 +122,9 @@ def measure_rollouts(
         copy = np.broadcast_to(truth[:, prompt - 1 : prompt], future.shape)
         measured |= measure_fidelity(f"rollout{mark}", compare(predicted, future), levels_B, pooled=True)
         measured |= measure_fidelity(f"copy_last_frame{mark}", compare(copy, future), levels_B, pooled=True)
-        rest = reconstruction.cut(slice(None), slice(prompt, None))
-        measured |= measure_fidelity(f"reconstruction{mark}", rest, levels_B, pooled=True)
+        if reconstruction:
+            rest = reconstruction.cut(slice(None), slice(prompt, None))
+            measured |= measure_fidelity(f"reconstruction{mark}", rest, levels_B, pooled=True)
         measured |= measure_changed(f"rollout{mark}", predicted, truth, levels_B)
         measured |= measure_changed(f"copy_last_frame{mark}", copy, truth, levels_B)
     return measured

@@ -21,7 +21,8 @@ ORDERS = ("confidence", "random", "halton")
 def measure_sampling(
     compare: Compare, world: World, truth: np.ndarray, actions: np.ndarray, batch_size: int, seed: int
 ) -> Measured:
-    """Rolls the same clips out from their first frame in every way; a causal world knows temperatures only.
+    """Rolls the same clips out from their first frame in every way; a causal world knows temperatures only, and a
+    flow steps and temperatures.
 
     Args:
       actions: (B, Tm1).
@@ -29,7 +30,10 @@ def measure_sampling(
       `sampling_sweep` in the details: a row for each way. Its PSNRs are of all frames, pooled and by mean of the
       clips' PSNRs; `unchanged` and `sharpness` are the rollouts' less, or over, those of the truth.
     """
-    steps, orders = (STEPS, ORDERS) if world.cfg.dynamics.kind == "maskgit" else (STEPS[:1], ORDERS[:1])
+    cfg = world.cfg.dynamics
+    steps, orders = (STEPS, ORDERS) if cfg.kind == "maskgit" else (STEPS[:1], ORDERS[:1])
+    if cfg.kind == "flow":
+        steps = tuple(2**i for i in range(cfg.flow_steps.bit_length()))
     rows, real = [], (unchanged(truth).mean(), sharpness(truth)[:, 1:].mean())
     for order in orders:
         for temperature in TEMPERATURES:

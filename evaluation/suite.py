@@ -141,12 +141,13 @@ def measure_lam(bench: Bench, lam: LAM) -> MeasuredLAM:
     plan, truth, metadata = bench.plan, bench.truth, bench.source.metadata
     frames, actions = infer(lam, bench.pool.frames_BTHWC, plan.batch_size)
     levels = bench.pool.levels_B
-    measured = measure_fidelity("lam", bench.compare(frames[: len(truth)], truth[:, 1:]), bench.levels)
-    measured |= measure_codes("lam", actions, lam.cfg.num_codes, levels)
-    n = plan.rollout_clips
-    rolled = roll_lam(lam, truth[:n], actions[:n], plan.batch_size)
-    measured |= measure_fidelity("lam_rollout", bench.compare(rolled, truth[:n, 1:]), levels[:n], pooled=True)
-    measured |= measure_changed("lam_rollout", rolled, truth[:n], levels[:n])
+    measured = measure_codes("lam", actions, lam.cfg.num_codes, levels)
+    if lam.cfg.own_decoder:
+        measured |= measure_fidelity("lam", bench.compare(frames[: len(truth)], truth[:, 1:]), bench.levels)
+        n = plan.rollout_clips
+        rolled = roll_lam(lam, truth[:n], actions[:n], plan.batch_size)
+        measured |= measure_fidelity("lam_rollout", bench.compare(rolled, truth[:n, 1:]), levels[:n], pooled=True)
+        measured |= measure_changed("lam_rollout", rolled, truth[:n], levels[:n])
     if not metadata.action_names or bench.pool.actions_BT is None:
         return MeasuredLAM(measured, actions, None)
     names, index_A = merge_actions(metadata.action_names, metadata.same_actions)
@@ -176,13 +177,13 @@ def true_actions(bench: Bench, world: World) -> tuple[np.ndarray, list[ActionLab
 
 
 def measure_world(
-    bench: Bench, play: Player, actions: np.ndarray, reconstruction: Scores, labels: list[ActionLabel] | None
+    bench: Bench, play: Player, actions: np.ndarray, reconstruction: Scores | None, labels: list[ActionLabel] | None
 ) -> Measured:
     """Everything that takes rollouts.
 
     Args:
       actions: (B, Tm1), those of the whole pool, for the world to play.
-      reconstruction: What `measure_tokenizer` gives.
+      reconstruction: What `measure_tokenizer` gives; None of a world without a tokenizer.
       labels: Of the actions, for a picture.
     """
     plan, everything = bench.plan, bench.pool.frames_BTHWC
@@ -191,7 +192,8 @@ def measure_world(
     truth, actions, levels = everything[:n], actions[:n], bench.levels[:n]
 
     played = play_on(play, truth, actions)
-    measured = measure_rollouts(bench.compare, truth, played, reconstruction.cut(slice(n)), levels)
+    limit = reconstruction.cut(slice(n)) if reconstruction else None
+    measured = measure_rollouts(bench.compare, truth, played, limit, levels)
     measured |= measure_control(play, bench.compare, truth, actions, played[1], num_actions, plan.seed, levels)
 
     rollouts = np.concatenate([truth[:, :1], played[1]], axis=1)

@@ -2,83 +2,48 @@
 
 A *kind* of dynamics is a subclass of `Dynamics`, looked up by name in `models.genie.DYNAMICS`. Two kinds work on the
 tokenizer's tokens and share what is here: a MaskGIT (`models.maskgit`), which fills hidden tokens in any order, and a
-causal model (`models.causal`), which predicts token after token.
+causal model (`models.causal`), which predicts token after token. A flow (`models.flow`) makes frames of pixels.
 """
 
-import dataclasses
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 
 from models import flops, init
 from models.actions import ColumnEmbedding, actions_to
+from models.dynamics_config import DynamicsConfig
 from models.errors import InputError
 from models.kernels import KV, masked_cross_entropy, products, whole
 from models.motion import Damage, draw_damage, frames_before
-from models.nn import Compute, Past, Places, STConfig, STTransformer, linear, patchify
+from models.nn import Compute, Past, Places, STTransformer, linear, patchify
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class DynamicsConfig(STConfig):
-    """Size of the dynamics model. Defaults: Appendix F, CoinRun."""
-
-    num_blocks: int = 12
-    """ST blocks of the dynamics model."""
-    kind: Literal["maskgit", "causal"] = "maskgit"
-    """maskgit fills hidden tokens in any order; causal predicts token after token, row by row."""
-    action_token: Literal["prepend", "add"] = "prepend"
-    """The action stands before the frame's tokens, or is added to each of them (the paper's way)."""
-    mask_rates: Literal["frame", "clip"] = "frame"
-    """In training of a MaskGIT, how much is hidden is drawn for each frame by itself, or for the clip as a whole (the
-    paper's way)."""
-    sees_picture: bool = False
-    """Give the model the last picture beside the tokens: those of a moving decoder do not say what stands where."""
-    picture_noise: float = 0.1
-    """In training, those pictures get noise of up to this standard deviation, where white is 1: in sampling they are
-    the decoder's own."""
-    picture_blur: float = 0.0
-    """In training, those pictures are blurred as well, by up to this; 1 is about a pixel. It helps only where the
-    tokenizer's loop is closed, since its tokens then mend the picture."""
-    num_codes: Annotated[int, tyro.conf.Suppress] = 1024
-    """Codes of the tokenizer, set from its checkpoint."""
-    num_patches: Annotated[int, tyro.conf.Suppress] = 256
-    """Tokens per frame, set from the tokenizer's checkpoint."""
-    patch_size: Annotated[int, tyro.conf.Suppress] = 4
-    """Side of a token's patch in pixels, set from the tokenizer's checkpoint."""
-    frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
-    """(H, W, C), set from the dataset."""
-    num_actions: Annotated[int, tyro.conf.Suppress] = 6
-    """Actions, latent or true, set from the LAM's checkpoint or the dataset. 0 where they have columns."""
-    action_values: Annotated[tuple[int, ...], tyro.conf.Suppress] = ()
-    """Of actions with columns, the values of each, 0 for real numbers; set from the dataset."""
-    action_mean: Annotated[tuple[float, ...], tyro.conf.Suppress] = ()
-    action_scale: Annotated[tuple[float, ...], tyro.conf.Suppress] = ()
-    """Of each column, if it holds real numbers."""
 
 
 class Seen(NamedTuple):
     """A batch of clips as a dynamics model is trained on it; what a kind does not look at is never computed.
 
-    tokens_BTN: int32, the tokenizer's.
+    coded: What the tokenizer makes of them, tokens (B, T, N) or latents (B, T, N, L); None without one.
     frames_BTHWC: In [0, 1]; from a token dataset without, the frames that the tokens make.
     last_BTHWC: For each frame the picture before it as the model is shown it; see `Dynamics.pictures_before`.
     actions_BTm1: int32, or rows (see `models.actions`); entry t leads from frame t to frame t + 1.
+    codes_BTm1L: Of a LAM that learns along with the model, with their gradient.
     """
 
-    tokens_BTN: jax.Array
+    coded: jax.Array | None
     frames_BTHWC: jax.Array
     last_BTHWC: jax.Array
     actions_BTm1: jax.Array
+    codes_BTm1L: jax.Array | None = None
 
 
 class Dynamics(nnx.Module):
     """What every kind of dynamics model answers to.
+
+    A kind whose worlds have no tokenizer (`needs_tokenizer`) is given None in its place.
 
     keeps_hidden: Whether the state of a rollout holds the last frame's hidden states (see `hidden`), for heads; as
       `hidden_BNM`, else None.
@@ -97,6 +62,11 @@ class Dynamics(nnx.Module):
         if not self.cfg.action_values:
             return table_AM[actions_X]
         return jnp.where(jnp.isnan(actions_X[..., :1]), table_AM[-1], self.action_columns(actions_X))
+
+    @staticmethod
+    def needs_tokenizer(cfg: DynamicsConfig) -> bool:
+        """Whether a world of this configuration has a tokenizer."""
+        return True
 
     @staticmethod
     def flops(cfg: DynamicsConfig, num_frames: int) -> int:
@@ -129,7 +99,7 @@ class Dynamics(nnx.Module):
         """
         raise InputError(f"`heads`: a {self.cfg.kind} dynamics model has no hidden states to judge by; leave them out")
 
-    def start(self, tokenizer: Tokenizer, frames_BTHWC: jax.Array, actions_BTm1: jax.Array, window: int) -> Any:
+    def start(self, tokenizer: Any, frames_BTHWC: jax.Array, actions_BTm1: jax.Array, window: int) -> Any:
         """Reads prompt frames, at most `window`: a state, a NamedTuple whose `frame` is the index of the next frame.
 
         All else that it holds has the batch first, but for caches, which have the blocks first and the batch next.
@@ -137,12 +107,12 @@ class Dynamics(nnx.Module):
         raise NotImplementedError
 
     def next_frame(
-        self, tokenizer: Tokenizer, state: Any, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig
+        self, tokenizer: Any, state: Any, action_B: jax.Array, key: jax.Array, sampling: SamplingConfig
     ) -> tuple[jax.Array, Any]:
         """Draws the frame (B, H, W, C), about [0, 1], that an action leads to; also the state after it."""
         raise NotImplementedError
 
-    def start_from(self, tokenizer: Tokenizer) -> None:
+    def start_from(self, tokenizer: Any) -> None:
         """Before training, takes over what the tokenizer knows already."""
 
 
@@ -289,16 +259,18 @@ class TokenDynamics(Dynamics):
 
     def loss(self, seen: Seen, drawn: Hidden) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of the hidden tokens, in nats, and the share that is guessed right."""
+        assert seen.coded is not None
         actions_BT = actions_to(seen.actions_BTm1)
-        out = self(seen.tokens_BTN, drawn.hidden_BTN, actions_BT, last_BTHWC=seen.last_BTHWC)
-        nll_BTN, hits_BTN = masked_cross_entropy(out.logits_BTNK, seen.tokens_BTN, drawn.hidden_BTN)
+        out = self(seen.coded, drawn.hidden_BTN, actions_BT, last_BTHWC=seen.last_BTHWC)
+        nll_BTN, hits_BTN = masked_cross_entropy(out.logits_BTNK, seen.coded, drawn.hidden_BTN)
         weight_B11 = drawn.weight_B[:, None, None]
         loss = jnp.mean(nll_BTN * weight_B11)
         return loss, {"cross_entropy": loss, "accuracy": jnp.mean(hits_BTN * weight_B11)}
 
     def hidden(self, seen: Seen) -> jax.Array:
-        nothing_BTN, actions_BT = jnp.zeros_like(seen.tokens_BTN, bool), actions_to(seen.actions_BTm1)
-        return self(seen.tokens_BTN, nothing_BTN, actions_BT, last_BTHWC=seen.last_BTHWC).hidden_BTNM
+        assert seen.coded is not None
+        nothing_BTN, actions_BT = jnp.zeros_like(seen.coded, bool), actions_to(seen.actions_BTm1)
+        return self(seen.coded, nothing_BTN, actions_BT, last_BTHWC=seen.last_BTHWC).hidden_BTNM
 
     def start(self, tokenizer: Tokenizer, frames_BTHWC: jax.Array, actions_BTm1: jax.Array, window: int) -> TokenState:
         tokens_BTN = tokenizer.encode(frames_BTHWC)

@@ -100,6 +100,23 @@ def lam_step(cfg: "LAMConfig", num_frames: int) -> int:
     return 3 * (lam_infer(cfg, num_frames) + decoder)
 
 
+def flow_read(cfg: "DynamicsConfig", num_frames: int, past: int = 0) -> int:
+    """Of a flow's backbone over one clip after a cache of `past` frames."""
+    values = cfg.latent_width or cfg.patch_size**2 * cfg.frame_shape[2]
+    rows = cfg.num_patches * num_frames
+    return transformer(cfg, cfg.num_patches, num_frames, past) + dense(rows, 2 * values, cfg.width)
+
+
+def flow_head(cfg: "DynamicsConfig", num_frames: int) -> int:
+    """Of a flow's head, once for each frame; its blocks lack attention over time."""
+    values, M, N = cfg.latent_width or cfg.patch_size**2 * cfg.frame_shape[2], cfg.width, cfg.num_patches
+    rows = N * num_frames
+    blocks = 2 * (12 * M * M + 2 * N * M) * rows * cfg.head_blocks + dense(rows, 2 * values, M)
+    if cfg.motion_reach:
+        return blocks + motion_head(M, cfg.patch_size, cfg.frame_shape, cfg.motion_reach, num_frames)
+    return blocks + dense(rows, M, values)
+
+
 def dynamics_forward(cfg: "DynamicsConfig", num_frames: int, past: int = 0, extra_places: int = 0) -> int:
     """Of a forward pass of a dynamics model over tokens and extra places, one clip after a cache of `past` frames."""
     places, rows = cfg.num_patches + extra_places, cfg.num_patches * num_frames

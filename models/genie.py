@@ -16,10 +16,11 @@ from flax import nnx
 from models.causal import Causal
 from models.dynamics import Dynamics, DynamicsConfig, TokenDynamics
 from models.errors import InputError
+from models.flow import Flow
 from models.heads import Heads, HeadsConfig, Judged
 from models.lam import LAM, LAMConfig
 from models.maskgit import MaskGIT
-from models.nn import Compute
+from models.nn import Compute, num_patches
 from models.policy import Agent, AgentConfig, PolicyConfig
 from models.sampling import SamplingConfig
 from models.stored import all_steps, first_line, newest_whole, read_items
@@ -30,7 +31,7 @@ PARAMETERS = "parameters.npz"
 """What an exported world (export.py) has in the place of checkpoints: its variables by path, parameters in half
 precision."""
 
-DYNAMICS: dict[str, type[Dynamics]] = {"maskgit": MaskGIT, "causal": Causal}
+DYNAMICS: dict[str, type[Dynamics]] = {"maskgit": MaskGIT, "causal": Causal, "flow": Flow}
 """The kinds of dynamics models, by `DynamicsConfig.kind`."""
 
 
@@ -38,12 +39,13 @@ DYNAMICS: dict[str, type[Dynamics]] = {"maskgit": MaskGIT, "causal": Causal}
 class WorldConfig:
     """What makes up a world.
 
+    tokenizer: None where the dynamics model needs none.
     lam: None where the dynamics model takes the dataset's true actions.
     window: Frames in a training clip; a rollout sees this many at once.
     heads: None where the world does not say what actions earn, and where levels end.
     """
 
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerConfig | None
     lam: LAMConfig | None
     dynamics: DynamicsConfig
     window: int
@@ -57,13 +59,18 @@ class WorldConfig:
                 "give one of kind vq"
             )
 
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.tokenizer.frame_shape if self.tokenizer else self.dynamics.frame_shape
+
 
 class World(nnx.Module):
     """A playable world model (Genie)."""
 
     def __init__(self, cfg: WorldConfig, compute: Compute, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.tokenizer = Tokenizer(cfg.tokenizer, compute, rngs)
+        self.tokenizer: Any = Tokenizer(cfg.tokenizer, compute, rngs) if cfg.tokenizer else None
         self.lam = LAM(cfg.lam, compute, rngs) if cfg.lam else None
         self.dynamics = DYNAMICS[cfg.dynamics.kind](cfg.dynamics, compute, rngs)
         size = cfg.dynamics.num_patches, cfg.dynamics.width
@@ -90,6 +97,25 @@ class World(nnx.Module):
             none_B = jnp.zeros(len(action_B), jnp.float32)
             return Judged(none_B, none_B, none_B)
         return self.heads(state.hidden_BNM, self.dynamics.embed_actions(action_B))
+
+
+def sized(cfg: DynamicsConfig, tokenizer: TokenizerConfig | None, frame_shape: tuple[int, int, int]) -> DynamicsConfig:
+    """A dynamics model's configuration with the sizes that its tokenizer has; without one, those of its own patches.
+
+    Raises:
+      InputError: Its patches are larger than the frames.
+    """
+    if tokenizer:
+        sizes: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("num_codes", "num_patches", "patch_size")}
+        if cfg.kind == "flow":
+            sizes["latent_width"] = tokenizer.code_width
+    else:
+        if not 1 <= cfg.patch_size <= min(frame_shape[:2]):
+            side = min(frame_shape[:2])
+            message = f"`patch_size` {cfg.patch_size}: must be from 1 to the frames' shorter side, {side}"
+            raise InputError(message, of=DynamicsConfig)
+        sizes = {"num_patches": num_patches(frame_shape, cfg.patch_size)}
+    return dataclasses.replace(cfg, frame_shape=frame_shape, **sizes)
 
 
 KINDS: dict[str, tuple[type, type]] = {
@@ -123,10 +149,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def model_config(kind: str, fields: dict[str, Any]) -> Any:
     """The frozen configuration of a model from what `config.json` holds."""
     if kind == "world":
-        lam, heads = fields["lam"], fields.get("heads")
+        parts = {name: fields[name] and model_config(name, fields[name]) for name in ("tokenizer", "lam")}
+        heads = fields.get("heads")
         return WorldConfig(
-            tokenizer=model_config("tokenizer", fields["tokenizer"]),
-            lam=None if lam is None else model_config("lam", lam),
+            **parts,
             dynamics=_as_config(DynamicsConfig, fields["dynamics"]),
             window=fields["window"],
             heads=None if heads is None else _as_config(HeadsConfig, heads),

@@ -37,6 +37,8 @@ class LAMConfig(STConfig):
     num_codes and whose count code_width; none for a learned codebook."""
     motion_reach: int = 0
     """Pixels by which the decoder can move the last frame, patch by patch; 0: it makes each anew, as in the paper."""
+    own_decoder: Annotated[bool, tyro.conf.Suppress] = True
+    """Whether it predicts frames itself; else its encoder learns by the loss of a dynamics model."""
     frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
     """(H, W, C), set from the dataset."""
 
@@ -81,6 +83,8 @@ class LAM(nnx.Module):
         self.encoder = STTransformer(cfg, compute, rngs, Places(columns, extra=1))
         self.code_in = linear(cfg.width, cfg.code_width, compute, rngs)
         self.vq = quantizer(cfg, rngs, centred=True)
+        if not cfg.own_decoder:
+            return
         self.code_out = linear(cfg.code_width, cfg.width, compute, rngs, bias=True)
         self.past_in = linear(channels, cfg.width, compute, rngs, bias=True)
         self.decoder_position_NM = init.positions(rngs, N, cfg.width)
@@ -92,9 +96,13 @@ class LAM(nnx.Module):
 
     def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> ActionReconstruction:
         """Infers the actions of a clip in [0, 1] and predicts each next frame from them."""
-        quantized = self.vq(self.latents(frames_BTHWC), train) if train else self._encode(frames_BTHWC)
+        quantized = self.act(frames_BTHWC, train)
         next_frames, hidden = self._predict(frames_BTHWC[:, :-1], quantized.vectors_XL)
         return ActionReconstruction(next_frames, quantized.codes_X, quantized.latents_XL, quantized.commitment, hidden)
+
+    def act(self, frames_BTHWC: jax.Array, train: bool = False) -> Quantized:
+        """The actions of a clip in [0, 1] as codes, which pass their gradient on to the encoder."""
+        return self.vq(self.latents(frames_BTHWC), train) if train else self._encode(frames_BTHWC)
 
     def infer(self, frames_BTHWC: jax.Array) -> jax.Array:
         """The latent actions (B, Tm1) of a clip in [0, 1], in float32 whatever the dtype."""

@@ -191,13 +191,23 @@ class Attention(nnx.Module):
 
 
 class STBlock(nnx.Module):
-    """Pre-norm residual block: attention over space, attention over time, feed-forward."""
+    """Pre-norm residual block: attention over space, attention over time (unless frames stand alone), feed-forward."""
 
-    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs, places: Places, causal_space: bool = False):
+    def __init__(
+        self,
+        cfg: STConfig,
+        compute: Compute,
+        rngs: nnx.Rngs,
+        places: Places,
+        causal_space: bool = False,
+        sees_time: bool = True,
+    ):
+        self.sees_time = sees_time
         self.spatial_norm = RMSNorm(cfg.width)
         self.spatial = Attention(cfg, compute, rngs, "space", causal_space, places)
-        self.temporal_norm = RMSNorm(cfg.width)
-        self.temporal = Attention(cfg, compute, rngs, "time", causal=True)
+        if sees_time:
+            self.temporal_norm = RMSNorm(cfg.width)
+            self.temporal = Attention(cfg, compute, rngs, "time", causal=True)
         self.ffn_norm = RMSNorm(cfg.width)
         self.ffn_in = dense(cfg.width, 4 * cfg.width, compute, rngs)
         self.ffn_out = dense(4 * cfg.width, cfg.width, compute, rngs, scale=init.output_scale(cfg.num_blocks))
@@ -207,8 +217,10 @@ class STBlock(nnx.Module):
         frame, place = (0, 0) if past is None else (past.frame, past.place)
         y_BTNM, space = self.spatial(self.spatial_norm(x_BTNM), past and past.space, place)
         x_BTNM += y_BTNM
-        y_BTNM, time = self.temporal(self.temporal_norm(x_BTNM), past and past.time, frame)
-        x_BTNM += y_BTNM
+        time = None
+        if self.sees_time:
+            y_BTNM, time = self.temporal(self.temporal_norm(x_BTNM), past and past.time, frame)
+            x_BTNM += y_BTNM
         # It learns as well as GELU here and takes half the time on a CPU.
         wide_BTNF = checkpoint_name(self.ffn_in(self.ffn_norm(x_BTNM)), "widened")
         x_BTNM += self.ffn_out(squared_relu(wide_BTNF))
@@ -218,17 +230,25 @@ class STBlock(nnx.Module):
 class STTransformer(nnx.Module):
     """A stack of ST blocks, with a norm at the end. Blocks are stacked parameters, scanned: they compile once.
 
-    With `causal_space` a patch sees those before it in its frame only.
+    With `causal_space` a patch sees those before it in its frame only; without `sees_time`, its own frame only.
     """
 
-    def __init__(self, cfg: STConfig, compute: Compute, rngs: nnx.Rngs, places: Places, causal_space: bool = False):
+    def __init__(
+        self,
+        cfg: STConfig,
+        compute: Compute,
+        rngs: nnx.Rngs,
+        places: Places,
+        causal_space: bool = False,
+        sees_time: bool = True,
+    ):
         self.compute = compute
         self.heads = cfg.num_blocks, cfg.num_heads, cfg.width // cfg.num_heads
 
         @nnx.split_rngs(splits=cfg.num_blocks)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs: nnx.Rngs) -> STBlock:
-            return STBlock(cfg, compute, rngs, places, causal_space)
+            return STBlock(cfg, compute, rngs, places, causal_space, sees_time)
 
         self.blocks = stack(rngs)
         self.norm = RMSNorm(cfg.width)

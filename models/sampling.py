@@ -27,16 +27,17 @@ if TYPE_CHECKING:
 )
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the tokens of a frame are drawn (Chang et al. 2022). Defaults: Genie, Appendix F.
+    """How a frame is drawn; of tokens (Chang et al. 2022). Defaults: Genie, Appendix F.
 
-    A causal model draws token after token, so steps and order are of no account there. A pytree: `steps` and
+    A causal model draws token after token, so steps and order are of no account there; of a flow only steps and
+    temperature count. A pytree: `steps` and
     `temperature` may be traced, so that a change of them compiles nothing anew.
     """
 
     steps: int = 25
-    """MaskGIT steps per frame."""
+    """Steps per frame, of a MaskGIT or a flow."""
     temperature: float = 1.0
-    """Of the tokens' distribution; 0 takes the likeliest."""
+    """Of the tokens' distribution; 0 takes the likeliest. Of a flow the spread of the noise that it begins with."""
     order: Literal["confidence", "random", "halton"] = "confidence"
     """Which tokens a step settles: the likeliest (with noise that fades over the steps), random ones, or such as lie
     evenly spread over the frame (Besnier et al. 2025)."""
@@ -62,9 +63,9 @@ class SamplingFlags:
     """How frames are drawn, where that is not left to the world; its own way is what its training found best."""
 
     steps: int | None = None
-    """MaskGIT steps per frame; default: the world's."""
+    """Steps per frame, of a MaskGIT or a flow; default: the world's."""
     temperature: float | None = None
-    """Of the tokens' distribution, 0 takes the likeliest; default: the world's."""
+    """Of the tokens' distribution, 0 takes the likeliest; of a flow's first noise; default: the world's."""
     order: Literal["confidence", "random", "halton"] | None = None
     """Which tokens a step settles: the likeliest, random ones, or such as lie evenly spread; default: the world's."""
     top_k: int | None = None

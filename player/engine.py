@@ -72,7 +72,7 @@ class Engine:
 
     def warm_up(self, cfg: SamplingConfig) -> None:
         """Compiles everything."""
-        blank = np.zeros(self.cfg.tokenizer.frame_shape, np.uint8)
+        blank = np.zeros(self.cfg.frame_shape, np.uint8)
         self._compute([Request(self._start(self._variables, blank), np.zeros_like(self._no_action), 0, cfg)])
 
     async def start(self, frame_HWC: np.ndarray) -> Any:

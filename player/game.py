@@ -57,7 +57,7 @@ class Game:
     controls: list[Controls] | None = None
 
     def __post_init__(self):
-        self.shapes = [engine.cfg.tokenizer.frame_shape for engine in self.engines]
+        self.shapes = [engine.cfg.frame_shape for engine in self.engines]
         self.matching = [matching_actions(self.actions[0], actions, self.idle) for actions in self.actions]
         self.max_recording = min(MAX_RECORDING[0], MAX_RECORDING[1] // sum(math.prod(shape) for shape in self.shapes))
         self.encoder = ThreadPoolExecutor(1, "encoder")

@@ -155,12 +155,15 @@ def test_a_batch_of_players_draws_what_each_would_alone(game, trained):
     asyncio.run(play())
 
 
-def test_a_causal_world_plays_what_it_samples():
-    cfg = dataclasses.replace(CONFIG, dynamics=dataclasses.replace(CONFIG.dynamics, kind="causal"))
+@pytest.mark.parametrize("kind", ["causal", "flow"])
+def test_another_kind_of_world_plays_what_it_samples(kind):
+    tokenizer = None if kind == "flow" else CONFIG.tokenizer
+    dynamics = dataclasses.replace(CONFIG.dynamics, kind=kind, frame_shape=CONFIG.frame_shape, motion_reach=2)
+    cfg = dataclasses.replace(CONFIG, dynamics=dynamics, tokenizer=tokenizer)
     world = World(cfg, Compute(), nnx.Rngs(0))
     engine = Engine(world, 1, ThreadPoolExecutor(1))
-    prompt = np.random.default_rng(0).integers(0, 256, cfg.tokenizer.frame_shape, np.uint8)
-    actions, sampling = [0, 2, 1], SamplingConfig()
+    prompt = np.random.default_rng(0).integers(0, 256, cfg.frame_shape, np.uint8)
+    actions, sampling = [0, 2, 1], SamplingConfig(steps=4)
 
     async def play() -> list[np.ndarray]:
         serving = asyncio.create_task(engine.serve())

@@ -24,11 +24,13 @@ class Acted(NamedTuple):
     actions_BTm1: int32, or rows (see `models.actions`); entry t leads from frame t to frame t + 1.
     loss: The LAM's, or 0.
     codes: Latents and codes that its codebook learns from (see `VectorQuantizer.update`), or None.
+    vectors_BTm1L: Of a LAM that learns by the dynamics model's loss, the actions' codes with their gradient.
     """
 
     actions_BTm1: jax.Array
     loss: jax.Array | float = 0.0
     codes: tuple[jax.Array, jax.Array] | None = None
+    vectors_BTm1L: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,22 @@ class LearnedActions:
         out = world.lam(frames_BTHWC, train)
         error = jnp.mean(jnp.square(out.next_frames_BTm1HWC - frames_BTHWC[:, 1:]))
         return Acted(out.actions_BTm1, error + self.commitment * out.commitment, (out.latents_BTm1L, out.actions_BTm1))
+
+
+@dataclasses.dataclass(frozen=True)
+class JointActions(LearnedActions):
+    """Those of a LAM without a decoder: its encoder learns what helps the dynamics model to predict the next frame."""
+
+    def actions_of(self, metadata: Metadata) -> dict[str, Any]:
+        return super().actions_of(metadata) | {"action_width": self.lam.code_width}
+
+    def flops(self, num_frames: int) -> int:
+        return 3 * flops.lam_infer(self.lam, num_frames)
+
+    def actions(self, world: World, batch: Batch, frames_BTHWC: jax.Array, train: bool) -> Acted:
+        assert world.lam
+        out = world.lam.act(frames_BTHWC, train)
+        return Acted(out.codes_X, self.commitment * out.commitment, (out.latents_XL, out.codes_X), out.vectors_XL)
 
 
 ActionSource = TrueActions | InferredActions | LearnedActions
