@@ -19,12 +19,13 @@ from models.dynamics import DynamicsConfig, Seen
 from models.errors import InputError
 from models.genie import DYNAMICS, World, WorldConfig, fingerprint, load_lam, load_tokenizer, stored_model_config
 from models.lam import LAMConfig
+from models.padding import after_first, even
 from models.sampling import SamplingConfig, roll
 from utils.action_source import ActionSource, InferredActions, LearnedActions, StoredActions, TrueActions
 from utils.cli import run
 from utils.data import Batch
 from utils.metrics import rollout_quality, usage
-from utils.mixture import open_split
+from utils.mixture import open_splits
 from utils.records import Metadata
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
@@ -137,7 +138,8 @@ def see(world: World, batch: Batch, drawn: Any) -> tuple[jax.Array, jax.Array, j
 def draw(world: World, batch: Batch, key: jax.Array) -> tuple[Batch, Any]:
     """A batch with what is drawn for it as a whole, so that gradient accumulation changes nothing."""
     B, T = jax.tree.leaves(batch)[0].shape[:2]
-    return batch, world.dynamics.draw(world.cfg.dynamics, key, B, T)
+    batch = batch._replace(weight_BT=even(batch.weight_BT, first=1))
+    return batch, world.dynamics.draw(world.cfg.dynamics, key, B, T, batch.weight_BT)
 
 
 def train_step(
@@ -150,9 +152,10 @@ def train_step(
     state, norms = apply_gradients(state, grads, cfg)
     if codes:
         model = state.model()
-        model.lam.vq.update(*codes, code_key)
+        weight_BTm1 = after_first(batch.weight_BT)
+        model.lam.vq.update(*codes, code_key, weight_BTm1)
         state = state.with_rest_of(model)
-        metrics["lam_usage"] = usage(codes[1], cfg.lam.num_codes)
+        metrics["lam_usage"] = usage(codes[1], cfg.lam.num_codes, weight_BTm1)
     return state, metrics | norms
 
 
@@ -207,7 +210,8 @@ def clip_flops(world_cfg: WorldConfig, source: ActionSource, from_tokens: bool =
 
 def main(cfg: Config) -> None:
     cfg = start(cfg)
-    train, val = (open_split(cfg.data_dir, split, cfg.seq_len, tokens_too=True) for split in ("train", "val"))
+    shortest = 2 if cfg.pad_short else cfg.seq_len
+    train, val = open_splits(cfg.data_dir, cfg.seq_len, shortest, tokens_too=True)
     source = choose_actions(cfg, train.metadata)
     world_cfg = world_config(cfg, train.metadata, source)
     trained: dict[str, Any] = {"tokenizer": load_tokenizer(cfg.tokenizer_checkpoint)}

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from models import flops
 from models.motion import Damage, draw_damage
+from models.padding import each_token, even, mean_of_true
 from models.tokenizer import Tokenizer, TokenizerConfig
 from utils.cli import run
 from utils.data import Batch
 from utils.metrics import psnr, ssim, usage
-from utils.mixture import open_split
+from utils.mixture import open_splits
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
 
@@ -95,14 +96,15 @@ def loss_fn(model: Tokenizer, inputs: tuple[Batch, Damage | None], cfg: Config) 
     """Mean squared error of the reconstruction, and commitment."""
     batch, damage = inputs
     frames = batch.frames_BTHWC.astype(jnp.float32) / 255
-    out = model(frames, train=True, damage=damage)
-    mse = jnp.mean(jnp.square(out.frames_BTHWC - frames))
+    out = model(frames, train=True, damage=damage, weight_BT=batch.weight_BT)
+    mse = mean_of_true(jnp.square(out.frames_BTHWC - frames), batch.weight_BT)
     metrics = {"mse": mse, "commitment": out.commitment}
     return mse + cfg.commitment * out.commitment, (metrics, (out.latents_BTNL, out.tokens_BTN))
 
 
 def draw(batch: Batch, key: jax.Array, cfg: TokenizerConfig) -> tuple[Batch, Damage | None]:
     """A batch with what is drawn for it as a whole, so that gradient accumulation changes nothing."""
+    batch = batch._replace(weight_BT=even(batch.weight_BT))
     if not cfg.closed_loop:
         return batch, None
     B, *frames_THWC = batch.frames_BTHWC.shape
@@ -115,8 +117,9 @@ def train_step(state: TrainState, batch: Batch, key: jax.Array, cfg: Config) -> 
     grads, metrics, latents_and_tokens = gradients(lambda m, b: loss_fn(m, b, cfg), state, inputs, cfg.grad_accum)
     state, norms = apply_gradients(state, grads, cfg)
     model = state.model()
-    model.vq.update(*latents_and_tokens, key)
-    metrics["usage"] = usage(latents_and_tokens[1], cfg.model.num_codes)
+    weight_BTN = each_token(batch.weight_BT, latents_and_tokens[1].shape[2])
+    model.vq.update(*latents_and_tokens, key, weight_BTN)
+    metrics["usage"] = usage(latents_and_tokens[1], cfg.model.num_codes, weight_BTN)
     return state.with_rest_of(model), metrics | norms
 
 
@@ -141,7 +144,7 @@ def clip_flops(cfg: Config, model_cfg: TokenizerConfig) -> int:
 
 def main(cfg: Config) -> None:
     cfg = start(cfg)
-    train, val = (open_split(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
+    train, val = open_splits(cfg.data_dir, cfg.seq_len, shortest=1 if cfg.pad_short else cfg.seq_len)
     model_cfg = dataclasses.replace(cfg.model, frame_shape=train.metadata.frame_shape)
     fit(
         cfg,

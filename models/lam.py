@@ -13,6 +13,7 @@ from models.errors import InputError
 from models.fsq import check_levels, quantizer
 from models.motion import MotionHead
 from models.nn import Compute, Places, STConfig, STTransformer, in_float32, linear, num_patches, patchify, unpatchify
+from models.padding import after_first
 from models.vq import Quantized
 
 
@@ -90,9 +91,18 @@ class LAM(nnx.Module):
         else:
             self.patch_out = linear(cfg.width, channels, compute, rngs, scale=0.0, bias=True)
 
-    def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> ActionReconstruction:
-        """Infers the actions of a clip in [0, 1] and predicts each next frame from them."""
-        quantized = self.vq(self.latents(frames_BTHWC), train) if train else self._encode(frames_BTHWC)
+    def __call__(
+        self, frames_BTHWC: jax.Array, train: bool = False, weight_BT: jax.Array | None = None
+    ) -> ActionReconstruction:
+        """Infers the actions of a clip in [0, 1] and predicts each next frame from them.
+
+        Args:
+          weight_BT: In training, what the frames count (see `models.padding`).
+        """
+        if train:
+            quantized = self.vq(self.latents(frames_BTHWC), train, after_first(weight_BT))
+        else:
+            quantized = self._encode(frames_BTHWC)
         next_frames, hidden = self._predict(frames_BTHWC[:, :-1], quantized.vectors_XL)
         return ActionReconstruction(next_frames, quantized.codes_X, quantized.latents_XL, quantized.commitment, hidden)
 

@@ -25,6 +25,7 @@ from models.nn import (
     patchify,
     unpatchify,
 )
+from models.padding import each_token
 from models.vq import Quantized
 
 
@@ -146,17 +147,25 @@ class Tokenizer(nnx.Module):
         else:
             self.patch_out = linear(cfg.width, channels, compute, rngs, bias=True)
 
-    def __call__(self, frames_BTHWC: jax.Array, train: bool = False, damage: Damage | None = None) -> Reconstruction:
+    def __call__(
+        self,
+        frames_BTHWC: jax.Array,
+        train: bool = False,
+        damage: Damage | None = None,
+        weight_BT: jax.Array | None = None,
+    ) -> Reconstruction:
         """Encodes, quantises and decodes frames in [0, 1]; in training, a moving decoder from its own last pictures.
 
         Args:
           damage: In training with a closed loop, of these pictures.
+          weight_BT: In training, what the frames count (see `models.padding`).
         """
         if self.cfg.closed_loop and not train:
             return self._follow(frames_BTHWC)
         last_BTHWC = frames_before(frames_BTHWC)
+        weight_BTN = each_token(weight_BT, self.cfg.num_patches)
         if train:
-            quantized = self.vq(self._latents(frames_BTHWC, last_BTHWC).latents_BTNL, train)
+            quantized = self.vq(self._latents(frames_BTHWC, last_BTHWC).latents_BTNL, train, weight_BTN)
         else:
             quantized = self._encode(frames_BTHWC, last_BTHWC)
         if self.cfg.motion_reach and not train:
@@ -170,7 +179,7 @@ class Tokenizer(nnx.Module):
             if self.cfg.closed_loop:
                 if damage:
                     last_BTHWC = damage(last_BTHWC)
-                quantized = self.vq(self._latents(frames_BTHWC, last_BTHWC).latents_BTNL, train)
+                quantized = self.vq(self._latents(frames_BTHWC, last_BTHWC).latents_BTNL, train, weight_BTN)
             out = self._decode(quantized.vectors_XL, last_BTHWC)
         return _reconstruction(quantized, out)
 

@@ -27,12 +27,15 @@ class Batch(NamedTuple):
       beyond one integer (B, T, A), int32 or float32; the columns are those of `Metadata.action_columns`.
     tokens_BTN: uint16; None from a dataset of frames.
     latent_actions_BT: uint8, aligned like `actions_BT`.
+    weight_BT: float32, what each frame counts in a training: 1, or 0 where the last one is repeated to fill a shorter
+      clip up; None where all clips are whole.
     """
 
     frames_BTHWC: Any = None
     actions_BT: Any = None
     tokens_BTN: Any = None
     latent_actions_BT: Any = None
+    weight_BT: Any = None
 
 
 class Source(Protocol):
@@ -68,14 +71,17 @@ class ClipSource:
       split: "train", "val" or "test".
       seq_len: Frames that `windows` cuts from a clip.
       tokens_too: Whether a token dataset will do.
+      shortest: Frames that a clip must have at least; shorter ones than `seq_len` are filled up (`Batch.weight_BT`). 0:
+        they do not join.
 
     Raises:
       InputError: Nothing to read: no dataset, no files, no clip that is long enough, or files that do not hold what
         the metadata says.
     """
 
-    def __init__(self, folder: str | Path, split: str, seq_len: int, tokens_too: bool = False):
+    def __init__(self, folder: str | Path, split: str, seq_len: int, tokens_too: bool = False, shortest: int = 0):
         self.folder, self.split, self.seq_len = Path(folder), split, seq_len
+        self.shortest = min(shortest, seq_len) or seq_len
         self.metadata = read_metadata(folder)
         tokens = self.metadata.tokens
         if tokens and not tokens_too:
@@ -90,9 +96,14 @@ class ClipSource:
         if not shards:
             raise InputError(f"`data_dir` {folder}: the dataset has no clips in its {split} split; generate more data")
         # Only the long enough clips, which every file begins with. Offsets map a clip to its file.
-        self._counts = [shard.count(seq_len) for shard in shards]
+        self._counts = [shard.count(self.shortest) for shard in shards]
         if sum(self._counts) == 0:
             longest = longest_clip(str(folder), split)
+            if self.shortest < seq_len:
+                raise InputError(
+                    f"`data_dir` {folder}: the longest clip in its {split} split has {longest} "
+                    f"frame{'s' * (longest > 1)}, and {self.shortest} are needed to learn from; leave this dataset out"
+                )
             raise InputError(
                 f"`seq_len` {seq_len}: the longest clip in {folder}/{split} has {longest} frames; choose `seq_len` "
                 f"{longest} or less, or generate longer clips"
@@ -149,28 +160,44 @@ class ClipSource:
                     f"{self.folder}/{self.split}: clip {clip.clip_id} has frames {found}, the metadata says "
                     f"{self.metadata.frame_shape}; generate the data again"
                 )
-            start = int(position * (len(clip) - self.seq_len + 1))
-            frames[i] = clip.frames_THWC[start : start + self.seq_len]  # type: ignore[index]
+            start = int(position * (max(len(clip) - self.seq_len, 0) + 1))
+            frames[i] = filled(clip.frames_THWC[start : start + self.seq_len], self.seq_len)  # type: ignore[index]
             if actions is not None:
                 if clip.actions_T is None or clip.actions_T.shape[1:] != self.metadata.action_shape:
                     held = "no actions" if clip.actions_T is None else "actions unlike those of the metadata"
                     raise InputError(f"{self.folder}/{self.split}: clip {clip.clip_id} has {held}; generate again")
-                actions[i] = clip.actions_T[start : start + self.seq_len]
-        return Batch(frames, actions)
+                actions[i] = filled(clip.actions_T[start : start + self.seq_len], self.seq_len)
+        return Batch(frames, actions, weight_BT=self._weights(clips))
 
     def _tokens(self, clips: Sequence[Clip]) -> Batch:
-        """The same from a token dataset, whose clips have `seq_len` frames."""
+        """The same from a token dataset, whose clips have `seq_len` frames, or fewer if they were short."""
 
         def stack(name: str, dtype: Any) -> np.ndarray | None:
             values = [getattr(clip, name) for clip in clips]
-            return None if values[0] is None else np.stack(values).astype(dtype)
+            if values[0] is None:
+                return None
+            return np.stack([filled(value, self.seq_len) for value in values]).astype(dtype)
 
         return Batch(
             frames_BTHWC=stack("frames_THWC", np.uint8),
             actions_BT=stack("actions_T", self.metadata.action_dtype),
             tokens_BTN=stack("tokens_TN", np.uint16),
             latent_actions_BT=stack("latent_actions_T", np.uint8),
+            weight_BT=self._weights(clips),
         )
+
+    def _weights(self, clips: Sequence[Clip]) -> np.ndarray | None:
+        """What their frames count, if short clips may be among them."""
+        if self.shortest == self.seq_len:
+            return None
+        lengths_B1 = np.array([[len(clip)] for clip in clips])
+        return (np.arange(self.seq_len) < lengths_B1).astype(np.float32)
+
+
+def filled(values_T: np.ndarray, length: int) -> np.ndarray:
+    """Repeats the last of some values until there are as many as `length`."""
+    missing = max(length - len(values_T), 0)
+    return np.concatenate([values_T, np.repeat(values_T[-1:], missing, axis=0)]) if missing else values_T
 
 
 def _check_file(file: Path, shard: Shard) -> None:

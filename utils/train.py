@@ -58,6 +58,9 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
     """Clips for each device, in the place of --batch_size; a resumed training keeps the batches that it began with."""
     seq_len: int = 16
     """Frames in a clip."""
+    pad_short: bool = False
+    """Let clips shorter than --seq_len join, filled up with frames that count nothing; a tokenizer takes single
+    pictures too. Validations take whole clips."""
     grad_accum: int = 1
     """Parts into which a batch is cut to save memory; the result is the same to rounding, but for a LAM, which centres
     its latents on each part."""
