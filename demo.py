@@ -106,18 +106,37 @@ def own_data(cfg: Config, root: Path) -> str:
     return str(inspection / "dataset" if fix else data)
 
 
-MINUTES = {"tiny": 7, "small": 96}
+MINUTES = {"tiny": 5, "small": 96}
 """Of trainings and measurement on two cores, with frames of 64 × 64 (benchmarks/RESULTS.md)."""
+FEW_DB = 0.5  # by which rollouts with their own actions are better at frame 4 than with random ones: hardly anything
 
 
 def estimate(cfg: Config, summary: dict[str, Any]) -> str:
-    """How long trainings and measurement will take: by the frames' size and the cores, of which four count at most."""
+    """How long trainings and measurement will take: by the frames' size and the cores, of which four count at most.
+
+    Half of what two cores take does not get faster with more.
+    """
     if os.path.exists("/dev/nvidiactl"):
         return "\nthree trainings and their measurement follow; how long they take on a GPU has not been measured"
     height, width, _ = summary["frame_shape"]
     patches, cores = -(-height // 8) * -(-width // 8) / 64, num_cores()
-    minutes = max(1, round(MINUTES[cfg.preset] * patches * 2 / min(cores, 4)))
-    return f"\nthree trainings and their measurement follow: about {minutes} min on {cores} cores with nothing beside"
+    minutes = max(1, round(MINUTES[cfg.preset] * patches * (0.5 + 1 / min(cores, 4))))
+    where = f"{cores} core{'s' * (cores > 1)} with nothing beside"
+    return f"\nthree trainings and their measurement follow: about {minutes} min on {where}"
+
+
+def verdict(metrics: dict[str, Any]) -> str:
+    """What the measurement says of the world, in a line or two."""
+    margin = metrics["rollout_psnr"] - metrics["copy_last_frame_psnr"]
+    delta = metrics["delta_psnr_t4"]
+    lines = [f"its rollouts are {margin:+.1f} dB against a still picture, its actions worth {delta:.1f} dB at frame 4"]
+    if margin < 0:
+        lines.append(
+            "a still picture is better: what moves is too small or too rare to be learned so; see its inspection"
+        )
+    if delta < FEW_DB:
+        lines.append("its buttons do next to nothing: where little moves, train on the true actions (--use_gt_actions)")
+    return "\n".join(lines)
 
 
 EXPERT = ("LEFT=1", "LEFT+UP=1", "NONE=1", "UP=1", "RIGHT=4", "RIGHT+UP=8")
@@ -180,7 +199,7 @@ def main(cfg: Config) -> None:
     metrics = json.loads(file.read_text()) | {"wall_s": round(time.monotonic() - began, 1)}
     file.write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"\ndone in {metrics['wall_s']:.0f} s; look at {root}/samples/rollout.gif and {root}/report.html")
-    print(f"play it: make play WORLD={world}")
+    print(f"{verdict(metrics)}\nplay it: make play WORLD={world}")
     if cfg.agent:
         main(cfg)
 

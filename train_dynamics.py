@@ -19,13 +19,14 @@ from models.actions import random_actions
 from models.dynamics import DynamicsConfig, Seen
 from models.genie import DYNAMICS, World, WorldConfig, fingerprint, load_lam, load_tokenizer
 from models.lam import LAMConfig
+from models.padding import after_first, even
 from models.sampling import SamplingConfig, roll
 from utils.action_source import ActionSource, InferredActions
 from utils.cli import run
 from utils.data import Batch
 from utils.judge import head_names, judge
 from utils.metrics import rollout_quality, usage
-from utils.mixture import open_split
+from utils.mixture import open_splits
 from utils.parts import choose_actions, world_config
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
@@ -156,7 +157,8 @@ def see(world: World, batch: Batch, drawn: Any) -> tuple[jax.Array | None, jax.A
 def draw(world: World, batch: Batch, key: jax.Array) -> tuple[Batch, Any]:
     """A batch with what is drawn for it as a whole, so that gradient accumulation changes nothing."""
     B, T = jax.tree.leaves(batch)[0].shape[:2]
-    return batch, world.dynamics.draw(world.cfg.dynamics, key, B, T)
+    batch = batch._replace(weight_BT=even(batch.weight_BT, first=1))
+    return batch, world.dynamics.draw(world.cfg.dynamics, key, B, T, batch.weight_BT)
 
 
 def train_step(
@@ -169,11 +171,12 @@ def train_step(
     state, norms = apply_gradients(state, grads, cfg)
     if codes:
         model = state.model()
-        model.lam.vq.update(*codes, code_key)
+        weight_BTm1 = after_first(batch.weight_BT)
+        model.lam.vq.update(*codes, code_key, weight_BTm1)
         if cfg.joint_lam:
             model.dynamics.follow(model.lam)
         state = state.with_rest_of(model)
-        metrics["lam_usage"] = usage(codes[1], cfg.lam.num_codes)
+        metrics["lam_usage"] = usage(codes[1], cfg.lam.num_codes, weight_BTm1)
     return state, metrics | norms
 
 
@@ -200,7 +203,8 @@ def clip_flops(world_cfg: WorldConfig, source: ActionSource, from_tokens: bool =
 
 def main(cfg: Config) -> None:
     cfg = start(cfg)
-    train, val = (open_split(cfg.data_dir, s, cfg.seq_len, True, head_names(cfg.heads)) for s in ("train", "val"))
+    shortest = 2 if cfg.pad_short else cfg.seq_len
+    train, val = open_splits(cfg.data_dir, cfg.seq_len, shortest, tokens_too=True, outcomes=head_names(cfg.heads))
     source = choose_actions(cfg, train.metadata)
     world_cfg = world_config(cfg, train.metadata, source)
     trained: dict[str, Any] = {"tokenizer": load_tokenizer(cfg.tokenizer_checkpoint)} if world_cfg.tokenizer else {}

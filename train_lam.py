@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from models import flops
 from models.lam import LAM, LAMConfig
+from models.padding import after_first, even, mean_of_true
 from utils.cli import run
 from utils.data import Batch
 from utils.metrics import perplexity, psnr, usage
-from utils.mixture import open_split
+from utils.mixture import open_splits
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
 
@@ -87,19 +88,21 @@ bench: for benchmarks/ only.
 def loss_fn(model: LAM, batch: Batch, cfg: Config) -> tuple[jax.Array, tuple]:
     """Mean squared error of each next frame, predicted from the past and the action, and commitment."""
     frames = batch.frames_BTHWC.astype(jnp.float32) / 255
-    out = model(frames, train=True)
-    mse = jnp.mean(jnp.square(out.next_frames_BTm1HWC - frames[:, 1:]))
+    out = model(frames, train=True, weight_BT=batch.weight_BT)
+    mse = mean_of_true(jnp.square(out.next_frames_BTm1HWC - frames[:, 1:]), after_first(batch.weight_BT))
     metrics = {"mse": mse, "commitment": out.commitment}
     return mse + cfg.commitment * out.commitment, (metrics, (out.latents_BTm1L, out.actions_BTm1))
 
 
 def train_step(state: TrainState, batch: Batch, key: jax.Array, cfg: Config) -> tuple[TrainState, dict]:
     """One update of the parameters by gradient, and of the codebook by moving average."""
+    batch = batch._replace(weight_BT=even(batch.weight_BT, first=1))
     grads, metrics, latents_and_actions = gradients(lambda m, b: loss_fn(m, b, cfg), state, batch, cfg.grad_accum)
     state, norms = apply_gradients(state, grads, cfg)
     model = state.model()
-    model.vq.update(*latents_and_actions, key)
-    metrics["usage"] = usage(latents_and_actions[1], cfg.model.num_codes)
+    weight_BTm1 = after_first(batch.weight_BT)
+    model.vq.update(*latents_and_actions, key, weight_BTm1)
+    metrics["usage"] = usage(latents_and_actions[1], cfg.model.num_codes, weight_BTm1)
     return state.with_rest_of(model), metrics | norms
 
 
@@ -129,7 +132,7 @@ def clip_flops(cfg: Config, model_cfg: LAMConfig) -> int:
 
 def main(cfg: Config) -> None:
     cfg = start(cfg)
-    train, val = (open_split(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
+    train, val = open_splits(cfg.data_dir, cfg.seq_len, shortest=2 if cfg.pad_short else cfg.seq_len)
     model_cfg = dataclasses.replace(cfg.model, frame_shape=train.metadata.frame_shape)
     fit(
         cfg,

@@ -117,6 +117,8 @@ def agent_config(cfg: Config, metadata: Metadata) -> AgentConfig:
     Raises:
       InputError: They do not fit, or a clip is too short for a choice.
     """
+    if cfg.pad_short:
+        raise InputError("`pad_short`: a policy learns from whole windows; leave it out, or take a smaller `seq_len`")
     if cfg.seq_len <= cfg.model.context:
         raise InputError(f"`seq_len` {cfg.seq_len}: must be longer than the `context` of {cfg.model.context} frames")
     shape = metadata.frame_shape

@@ -15,11 +15,12 @@ from models import flops
 from models.errors import InputError
 from models.motion import Damage, draw_damage
 from models.nn import num_patches
+from models.padding import each_token, even, mean_of_true
 from models.tokenizer import Tokenizer, TokenizerConfig
 from utils.cli import run
 from utils.data import Batch
 from utils.metrics import psnr, ssim, usage
-from utils.mixture import open_split
+from utils.mixture import open_splits
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
 
@@ -145,15 +146,15 @@ def draw(batch: Batch, key: jax.Array, cfg: TokenizerConfig) -> tuple[Batch, Dra
         N = num_patches((H, W, C), cfg.patch_size)
         hidden_BTN = jax.random.uniform(hidden_key, (B, T, N)) < rate_B[:, None, None]
         judged_B = jax.random.randint(judged_key, (B,), 0, T)
-    return batch, Drawn(damage, hidden_BTN, judged_B)
+    return batch._replace(weight_BT=even(batch.weight_BT)), Drawn(damage, hidden_BTN, judged_B)
 
 
 def loss_fn(model: Tokenizer, inputs: tuple[Batch, Drawn], cfg: Config, lpips: LPIPS | None) -> tuple[jax.Array, tuple]:
     """Mean squared error of the reconstruction, with commitment or a perceptual distance."""
     batch, drawn = inputs
     frames = batch.frames_BTHWC.astype(jnp.float32) / 255
-    out = model(frames, train=True, damage=drawn.damage, hidden_BTN=drawn.hidden_BTN)
-    mse = jnp.mean(jnp.square(out.frames_BTHWC - frames))
+    out = model(frames, True, drawn.damage, drawn.hidden_BTN, batch.weight_BT)
+    mse = mean_of_true(jnp.square(out.frames_BTHWC - frames), batch.weight_BT)
     if cfg.model.kind != "mae":
         metrics = {"mse": mse, "commitment": out.commitment}
         return mse + cfg.commitment * out.commitment, (metrics, (out.latents_BTNL, out.tokens_BTN))
@@ -175,9 +176,12 @@ def train_step(
     model = state.model()
     if lpips:
         model.vq.follow_losses(metrics["mse"], metrics["lpips"])
-    model.vq.update(*learned, key)
-    if cfg.model.kind != "mae":
-        metrics["usage"] = usage(learned[1], cfg.model.num_codes)
+    if cfg.model.kind == "mae":
+        model.vq.update(*learned, key)
+    else:
+        weight_BTN = each_token(batch.weight_BT, learned[1].shape[2])
+        model.vq.update(*learned, key, weight_BTN)
+        metrics["usage"] = usage(learned[1], cfg.model.num_codes, weight_BTN)
     return state.with_rest_of(model), metrics | norms
 
 
@@ -220,8 +224,10 @@ def network(cfg: Config) -> LPIPS | None:
 
 def main(cfg: Config) -> None:
     cfg = start(cfg)
+    if cfg.pad_short and cfg.model.kind == "mae":
+        raise InputError("`pad_short`: is for `kind` vq", of=TokenizerConfig)
     lpips = network(cfg)
-    train, val = (open_split(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
+    train, val = open_splits(cfg.data_dir, cfg.seq_len, shortest=1 if cfg.pad_short else cfg.seq_len)
     model_cfg = dataclasses.replace(cfg.model, frame_shape=train.metadata.frame_shape)
     fit(
         cfg,

@@ -24,8 +24,9 @@ from models.errors import InputError
 from models.lam import LAM
 from models.nn import Compute, linear
 from utils.cli import run
-from utils.data import Batch, ClipSource, batches, to_device
+from utils.data import Batch, ClipSource, batches
 from utils.optim import make_optimizer
+from utils.sharding import to_device
 from utils.state import TrainState, apply_gradients, gradients
 
 

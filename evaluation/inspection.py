@@ -31,6 +31,7 @@ def summarise(metadata: Metadata, scan: Scan, duplicates: Duplicates) -> dict[st
         "actions": _actions(metadata, scan, splits) if metadata.action_names else None,
         "columns": _columns(metadata, scan),
         "rewards": _rewards(scan),
+        "ends": _ends(scan, splits),
         "levels": _levels(scan, splits),
         "duplicates": _duplicates(scan, duplicates, splits),
         "damaged": [
@@ -110,6 +111,24 @@ def _rewards(scan: Scan) -> dict[str, Any] | None:
     }
 
 
+def _ends(scan: Scan, splits: list[str]) -> dict[str, dict[str, Any]] | None:
+    """How the episodes of each split end; None where no clip tells."""
+    if np.isnan(scan.ends_N3[:, :2]).all():
+        return None
+    found = {}
+    for split in splits:
+        terminated, truncated, success = scan.ends_N3[scan.of_split(split)].T
+        told = success[~np.isnan(success)]
+        found[split] = {
+            "terminated": int(np.nansum(terminated)),
+            "truncated": int(np.nansum(truncated)),
+            "success_told": len(told),
+            "successful": int(told.sum()),
+            "success": float(told.mean()) if len(told) else None,
+        }
+    return found
+
+
 def _levels(scan: Scan, splits: list[str]) -> dict[str, Any] | None:
     levels = {split: set() for split in splits}  # type: dict[str, set[int]]
     for place, level in zip(scan.places, scan.levels, strict=True):
@@ -185,7 +204,8 @@ def _of_size(summary: Mapping[str, Any]) -> list[str]:
     if train["clips"] and train["short_frames"] > 0.1 * train["frames"]:
         found.append(
             f"{train['short_frames'] / train['frames']:.0%} of the train frames lie in clips of fewer than {WINDOW} "
-            "frames, which a training passes over: lower --seq_len, or cut longer clips (--clip_length)."
+            "frames, which a training passes over: lower --seq_len, let them join (--pad_short), or cut longer clips "
+            "(--clip_length)."
         )
     H, W, _ = summary["frame_shape"]
     if H * W > 128 * 128:
@@ -200,7 +220,7 @@ def _of_motion(summary: Mapping[str, Any]) -> list[str]:
     if train["still_transitions"] > STILL or train["unchanged"] > NEARLY_STILL:
         return [
             f"Nearly still pictures: in {train['still_transitions']:.0%} of the transitions no pixel changes, and "
-            f"{train['unchanged']:.1%} of the pixels stay. A world learns to stand still: take a lower rate (--fps), "
+            f"{train['unchanged']:.2%} of the pixels stay. A world learns to stand still: take a lower rate (--fps), "
             "leave pauses and menus out, or record a policy that moves."
         ]
     if train["still_clips"] > 0.05 * train["clips"]:

@@ -108,7 +108,7 @@ def sections(
 ) -> list[Section]:
     """What the page shows."""
     parts = [_remarks(remarks), _size(summary), _clips(films), _motion(summary), _actions(summary), _rewards(summary)]
-    parts += [_levels(summary), _duplicates(summary, pairs), _damage(summary), _origin(summary)]
+    parts += [_ends(summary), _levels(summary), _duplicates(summary, pairs), _damage(summary), _origin(summary)]
     return [section for section in parts if section]
 
 
@@ -199,6 +199,19 @@ def _rewards(summary: Summary) -> Section | None:
     values = [[f"{value:g}", f"{count:,}", _percent(count / rewards["frames"])] for value, count in rewards["values"]]
     text = f"{rewards['different_values']:,} different values." if rewards["different_values"] > len(values) else ""
     return Section("Rewards", text, [Table(["", ""], rows), Table(["reward", "frames", "share"], values)])
+
+
+def _ends(summary: Summary) -> Section | None:
+    if not summary["ends"]:
+        return None
+    rows = []
+    for split, of in summary["ends"].items():
+        told = (
+            f"{of['successful']:,} of {of['success_told']:,}, {_percent(of['success'])}" if of["success_told"] else ""
+        )
+        rows.append([split, f"{of['terminated']:,}", f"{of['truncated']:,}", told])
+    text = "Episodes, or levels, that come to their end in a clip: by what was done, or because their time was up."
+    return Section("Ends", text, [Table(["", "terminated", "truncated", "successful"], rows)])
 
 
 def _levels(summary: Summary) -> Section | None:

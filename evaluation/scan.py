@@ -69,6 +69,8 @@ class Scan:
     still_N: Transitions in which no pixel changes.
     rewards_N2: How many rewards are not 0, and their sum; NaN without rewards.
     reward_values: How often each reward occurs, the first so many of them.
+    ends_N3: Actions that ended an episode, terminated and truncated, NaN where that is not told; and whether the one
+      that ends in the clip was a success, NaN where none does or that is not told.
     wrong_actions_N: Actions that the metadata does not name.
     frame_digests_F: uint64.
     thumbnails_FZ: uint8, grey means of the cells of each frame.
@@ -89,6 +91,7 @@ class Scan:
     still_N: np.ndarray
     rewards_N2: np.ndarray
     reward_values: dict[float, int]
+    ends_N3: np.ndarray
     wrong_actions_N: np.ndarray
     frame_digests_F: np.ndarray
     thumbnails_FZ: np.ndarray
@@ -169,6 +172,7 @@ def scan_part(part: Part) -> Scan:
         found["still_N"].append(np.count_nonzero(unchanged == 1))
         found["thumbnails_FZ"].append(thumbnails(frames))
         found["rewards_N2"].append(_count_rewards(clip.rewards_T, rewards))
+        found["ends_N3"].append(_count_ends(clip))
         count = _count_columns(actions, part.columns, columns) if part.columns and actions is not None else 0
         found["wrong_actions_N"].append(count or _count_actions(actions, unchanged, counts, changes))
     fields: dict[str, Any] = {name: found[name] for name in ("places", "clip_ids", "levels", "damaged")}
@@ -186,12 +190,13 @@ ARRAYS: dict[str, Any] = {
     "unchanged_N": np.float64,
     "still_N": np.int64,
     "rewards_N2": np.float64,
+    "ends_N3": np.float64,
     "wrong_actions_N": np.int64,
     "frame_digests_F": np.uint64,
     "thumbnails_FZ": np.uint8,
 }
 PER_FRAME = ("frame_digests_F", "thumbnails_FZ")
-SHAPES = {"rewards_N2": (2,), "thumbnails_FZ": (CELLS * CELLS,)}
+SHAPES = {"rewards_N2": (2,), "ends_N3": (3,), "thumbnails_FZ": (CELLS * CELLS,)}
 
 
 def gather(scans: Iterable[Scan]) -> Scan:
@@ -307,6 +312,13 @@ def _count_rewards(rewards_T: np.ndarray | None, values: dict[float, int]) -> tu
         if value in values or len(values) < MOST_REWARDS:
             values[value] = values.get(value, 0) + count
     return float(np.count_nonzero(rewards_T)), float(rewards_T.sum())
+
+
+def _count_ends(clip: Clip) -> tuple[float, float, float]:
+    """A clip's row of `Scan.ends_N3`."""
+    died, timed_out = (np.nan if t is None else float(t.sum()) for t in (clip.terminated_T, clip.truncated_T))
+    ended = died > 0 or timed_out > 0
+    return died, timed_out, float(clip.success) if ended and clip.success is not None else np.nan
 
 
 def _count_actions(

@@ -79,8 +79,14 @@ class Dynamics(nnx.Module):
         raise NotImplementedError
 
     @staticmethod
-    def draw(cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int) -> Any:
-        """What training draws for a batch as a whole: a tree of batch-first arrays, so that it can be cut in parts."""
+    def draw(
+        cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int, weight_BT: jax.Array | None = None
+    ) -> Any:
+        """What training draws for a batch as a whole: a tree of batch-first arrays, so that it can be cut in parts.
+
+        Args:
+          weight_BT: What the frames count (see `models.padding`); of those that count nothing nothing is learned.
+        """
         raise NotImplementedError
 
     def pictures_before(self, frames_BTHWC: jax.Array, drawn: Any) -> jax.Array:
@@ -245,8 +251,12 @@ class TokenDynamics(Dynamics):
         raise NotImplementedError
 
     @classmethod
-    def draw(cls, cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int) -> Hidden:
+    def draw(
+        cls, cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int, weight_BT: jax.Array | None = None
+    ) -> Hidden:
         hidden_BTN = cls.hide(cfg, key, num_clips, num_frames).at[:, 0].set(False)
+        if weight_BT is not None:
+            hidden_BTN &= weight_BT[:, :, None] > 0  # what is not to be predicted is not in the loss
         weight = 1.0 / jnp.maximum(jnp.mean(hidden_BTN), 1e-6)
         damage = None
         if cfg.sees_picture:

@@ -20,6 +20,7 @@ from models.kernels import KV
 from models.lam import LAM
 from models.motion import MotionHead, frames_before
 from models.nn import Compute, Past, Places, STTransformer, Transformed, linear, patchify, unpatchify
+from models.padding import after_first
 from models.sampling import SamplingConfig
 from models.vq import Codebook
 
@@ -161,8 +162,11 @@ class Flow(Dynamics):
         return flops.flow_read(cfg, 1, window) + sampling.steps * flops.flow_head(cfg, 1)
 
     @staticmethod
-    def draw(cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int) -> Drawn:
-        return draw_steps(cfg, key, num_clips, (num_frames, cfg.num_patches, num_values(cfg)))
+    def draw(
+        cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int, weight_BT: jax.Array | None = None
+    ) -> Drawn:
+        drawn = draw_steps(cfg, key, num_clips, (num_frames, cfg.num_patches, num_values(cfg)))
+        return drawn._replace(counts_BTm1=after_first(weight_BT))
 
     def loss(self, seen: Seen, drawn: Drawn) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Squared error of the predicted frames in pixels' units, white being 1, and weighted.
@@ -196,6 +200,8 @@ class Flow(Dynamics):
             goal_BTm1NP = put(next_BTm1NP, drawn.halved_BX, goal)
         made_BTm1NP = self.predict(task, noisy_BTm1NP, level_BTm1, size_BTm1)
         weight_BTm1 = jnp.where(size_BTm1 == 1.0, 1.0, 0.1 + 0.9 * level_BTm1)
+        if drawn.counts_BTm1 is not None:
+            weight_BTm1 *= drawn.counts_BTm1
         error_BTm1 = jnp.mean(jnp.square(0.5 * (made_BTm1NP - goal_BTm1NP)), axis=(2, 3))
         loss = jnp.mean(weight_BTm1 * error_BTm1)
         if self.cfg.edge_weight:

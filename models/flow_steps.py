@@ -22,6 +22,7 @@ class Drawn(NamedTuple):
     size_BTm1: How far the next step is to lead.
     halved_BX: Which frames learn a step from the model's own two steps of half its size.
     halved_level_BX, halved_size_BX: Of these.
+    counts_BTm1: What the frames count (see `models.padding`); None: all alike.
     """
 
     context_BTNP: jax.Array
@@ -32,6 +33,7 @@ class Drawn(NamedTuple):
     halved_BX: jax.Array
     halved_level_BX: jax.Array
     halved_size_BX: jax.Array
+    counts_BTm1: jax.Array | None = None
 
 
 def draw_steps(cfg: FlowConfig, key: jax.Array, num_clips: int, frames_TNP: tuple[int, ...]) -> Drawn:

@@ -37,10 +37,11 @@ class FiniteScalarQuantizer(nnx.Module):
         """All codes; their mean length is about 1."""
         return self.lookup(jnp.arange(math.prod(self.levels)))
 
-    def __call__(self, z_XL: jax.Array, train: bool = False) -> Quantized:
-        """Quantises latents."""
+    def __call__(self, z_XL: jax.Array, train: bool = False, weight_X: jax.Array | None = None) -> Quantized:
+        """Quantises latents; weights say what counts in a batch's mean."""
         latents_XL = z_XL.astype(jnp.float32)
-        u_XL = jnp.tanh(latents_XL - (batch_mean(latents_XL) if train and self.centred else self.centre_L[...]))
+        centre_L = batch_mean(latents_XL, weight_X) if train and self.centred else self.centre_L[...]
+        u_XL = jnp.tanh(latents_XL - centre_L)
         steps_L = jnp.array(self.levels, jnp.float32) - 1
         places_XL = jax.lax.stop_gradient(jnp.round((u_XL + 1) / 2 * steps_L))
         codes_X = jnp.sum(places_XL.astype(jnp.int32) * self._strides_L, axis=-1)
@@ -56,10 +57,12 @@ class FiniteScalarQuantizer(nnx.Module):
         places_XL = codes_X[..., None] // self._strides_L % jnp.array(self.levels)
         return (places_XL / (jnp.array(self.levels) - 1) * 2 - 1) * len(self.levels) ** -0.5
 
-    def update(self, latents_XL: jax.Array, codes_X: jax.Array, key: jax.Array) -> None:
+    def update(
+        self, latents_XL: jax.Array, codes_X: jax.Array, key: jax.Array, weight_X: jax.Array | None = None
+    ) -> None:
         """Follows the latents' mean; `codes_X` and `key` are for a learned codebook."""
         if self.centred:
-            self.centre_L[...] = self.decay * self.centre_L[...] + (1 - self.decay) * batch_mean(latents_XL)
+            self.centre_L[...] = self.decay * self.centre_L[...] + (1 - self.decay) * batch_mean(latents_XL, weight_X)
         self.updates[...] += 1
 
     @property

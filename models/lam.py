@@ -13,6 +13,7 @@ from models.errors import InputError
 from models.fsq import check_levels, quantizer
 from models.motion import MotionHead
 from models.nn import Compute, Places, STConfig, STTransformer, in_float32, linear, num_patches, patchify, unpatchify
+from models.padding import after_first
 from models.vq import Quantized
 
 
@@ -94,15 +95,23 @@ class LAM(nnx.Module):
         else:
             self.patch_out = linear(cfg.width, channels, compute, rngs, scale=0.0, bias=True)
 
-    def __call__(self, frames_BTHWC: jax.Array, train: bool = False) -> ActionReconstruction:
-        """Infers the actions of a clip in [0, 1] and predicts each next frame from them."""
-        quantized = self.act(frames_BTHWC, train)
+    def __call__(
+        self, frames_BTHWC: jax.Array, train: bool = False, weight_BT: jax.Array | None = None
+    ) -> ActionReconstruction:
+        """Infers the actions of a clip in [0, 1] and predicts each next frame from them.
+
+        Args:
+          weight_BT: In training, what the frames count (see `models.padding`).
+        """
+        quantized = self.act(frames_BTHWC, train, weight_BT)
         next_frames, hidden = self._predict(frames_BTHWC[:, :-1], quantized.vectors_XL)
         return ActionReconstruction(next_frames, quantized.codes_X, quantized.latents_XL, quantized.commitment, hidden)
 
-    def act(self, frames_BTHWC: jax.Array, train: bool = False) -> Quantized:
-        """The actions of a clip in [0, 1] as codes, which pass their gradient on to the encoder."""
-        return self.vq(self.latents(frames_BTHWC), train) if train else self._encode(frames_BTHWC)
+    def act(self, frames_BTHWC: jax.Array, train: bool = False, weight_BT: jax.Array | None = None) -> Quantized:
+        """The actions of a clip in [0, 1] as codes, which pass their gradient on to the encoder; see `__call__`."""
+        if train:
+            return self.vq(self.latents(frames_BTHWC), train, after_first(weight_BT))
+        return self._encode(frames_BTHWC)
 
     def infer(self, frames_BTHWC: jax.Array) -> jax.Array:
         """The latent actions (B, Tm1) of a clip in [0, 1], in float32 whatever the dtype."""

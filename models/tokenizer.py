@@ -29,6 +29,7 @@ from models.nn import (
     patchify,
     unpatchify,
 )
+from models.padding import each_token
 from models.vq import Quantized
 
 
@@ -170,12 +171,14 @@ class Tokenizer(nnx.Module):
         train: bool = False,
         damage: Damage | None = None,
         hidden_BTN: jax.Array | None = None,
+        weight_BT: jax.Array | None = None,
     ) -> Reconstruction:
         """Encodes, quantises and decodes frames in [0, 1]; in training, a moving decoder from its own last pictures.
 
         Args:
           damage: In training with a closed loop, of these pictures.
           hidden_BTN: In training of kind mae, true for patches that the encoder does not see.
+          weight_BT: In training with a codebook, what the frames count (see `models.padding`).
         """
         if not train and self.cfg.closed_loop:
             return self._follow(frames_BTHWC)
@@ -183,8 +186,9 @@ class Tokenizer(nnx.Module):
             quantized = self._encode(frames_BTHWC, None)
             return _reconstruction(quantized, self._decode_alone(quantized.vectors_XL))
         last_BTHWC = frames_before(frames_BTHWC)
+        given = {} if weight_BT is None else {"weight_X": each_token(weight_BT, self.cfg.num_patches)}
         against = lambda last_BTHWC: self._latents(frames_BTHWC, last_BTHWC, hidden_BTN=hidden_BTN).latents_BTNL
-        quantized = self.vq(against(last_BTHWC), train)
+        quantized = self.vq(against(last_BTHWC), train, **given)
         if self.cfg.motion_reach:
             # As in a rollout: what the decoder moves is what it has made itself. Nothing follows the last frame.
             own_BTm1HWC = self._decode(quantized.vectors_XL[:, :-1], last_BTHWC[:, :-1]).frames_BTHWC
@@ -193,7 +197,7 @@ class Tokenizer(nnx.Module):
         if self.cfg.closed_loop:
             if damage:
                 last_BTHWC = damage(last_BTHWC)
-            quantized = self.vq(against(last_BTHWC), train)
+            quantized = self.vq(against(last_BTHWC), train, **given)
         return _reconstruction(quantized, self._decode(quantized.vectors_XL, last_BTHWC))
 
     def encode(self, frames_BTHWC: jax.Array, last_BTHWC: jax.Array | None = None) -> jax.Array:

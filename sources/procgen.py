@@ -38,7 +38,7 @@ SAME_ACTIONS: dict[str, Mapping[str, str]] = {
     "caveflyer": EIGHT_WAYS | ONE_KEY,
     "chaser": EIGHT_WAYS | NO_KEYS,
     "climber": JUMPS | NO_KEYS,
-    "coinrun": COINRUN_SAME_ACTIONS,  # but for DOWN on a crate, in one of fifty states
+    "coinrun": COINRUN_SAME_ACTIONS,
     "dodgeball": EIGHT_WAYS | ONE_KEY,
     "fruitbot": SIDEWAYS | ONE_KEY,
     "heist": EIGHT_WAYS | NO_KEYS,

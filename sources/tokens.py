@@ -15,7 +15,7 @@ from models.errors import InputError
 from models.genie import fingerprint, load_lam, load_tokenizer
 from models.lam import LAM
 from models.tokenizer import Tokenizer
-from utils.data import ClipSource
+from utils.data import ClipSource, filled
 from utils.records import SPLITS, Clip, Shard, TokenInfo, read_metadata, write_metadata, write_shard
 
 SHARD_CLIPS = 8192
@@ -41,6 +41,8 @@ class TokenOptions:
     """Frames from the start of a clip to that of the next; 0: --seq_len, so that each frame occurs once."""
     batch_size: int = 32
     """Clips encoded at a time."""
+    pad_short: bool = False
+    """Write clips shorter than --seq_len too, for a training with --pad_short."""
 
     def __post_init__(self):
         for name, least in (("seq_len", 2), ("stride", 0), ("batch_size", 1)):
@@ -49,12 +51,12 @@ class TokenOptions:
 
 
 def windows(source: ClipSource, stride: int) -> Iterator[Clip]:
-    """All clips of a split, cut to `seq_len` frames."""
+    """All clips of a split, cut to `seq_len` frames; shorter ones as they are."""
     T = source.seq_len
     for first in range(0, len(source), 64):
         for clip in source.clips(range(first, min(first + 64, len(source)))):
             assert clip.frames_THWC is not None
-            for start in range(0, len(clip) - T + 1, stride):
+            for start in range(0, max(len(clip) - T, 0) + 1, stride):
                 cut = slice(start, start + T)
                 yield Clip(
                     frames_THWC=clip.frames_THWC[cut],
@@ -84,7 +86,7 @@ def write_tokens(options: TokenOptions) -> None:
         _check("lam", lam, 2**8, metadata.frame_shape, options.data_dir)
     if tokenizer.cfg.closed_loop:
         print("note: tokens of a closed loop depend on the pictures shown, so training encodes anew; the LAM is saved")
-    encode = _encoder(tokenizer, lam, options.batch_size)
+    encode = _encoder(tokenizer, lam, options.batch_size, options.seq_len)
     more = tokenizer.cfg.motion_reach or tokenizer.cfg.kind == "mae"
     shard_clips = SHARD_CLIPS_OF_MORE if more else SHARD_CLIPS
 
@@ -93,7 +95,8 @@ def write_tokens(options: TokenOptions) -> None:
         for split in SPLITS:
             if not metadata.splits.get(split):
                 continue
-            source = ClipSource(options.data_dir, split, options.seq_len)
+            shortest = 2 if options.pad_short else options.seq_len
+            source = ClipSource(options.data_dir, split, options.seq_len, shortest=shortest)
             remaining = windows(source, options.stride or options.seq_len)
             shards: list[Shard] = []
             done: list[Clip] = []
@@ -130,8 +133,10 @@ def _check(name: str, model: Tokenizer | LAM, most: int, frame_shape: tuple, dat
         raise InputError(f"`{name}_checkpoint`: {model.cfg.num_codes} codes; a token dataset holds at most {most}")
 
 
-def _encoder(tokenizer: Tokenizer, lam: LAM | None, batch_size: int) -> Callable[[Sequence[Clip]], list[Clip]]:
-    """A function from at most `batch_size` clips of frames to clips of tokens, or of latents."""
+def _encoder(
+    tokenizer: Tokenizer, lam: LAM | None, batch_size: int, seq_len: int
+) -> Callable[[Sequence[Clip]], list[Clip]]:
+    """A function from at most `batch_size` clips of at most `seq_len` frames to clips of tokens, or of latents."""
 
     as_latents = tokenizer.cfg.kind == "mae"
 
@@ -142,18 +147,17 @@ def _encoder(tokenizer: Tokenizer, lam: LAM | None, batch_size: int) -> Callable
         return made, lam.infer(frames) if lam else None
 
     def encoded(clips: Sequence[Clip]) -> list[Clip]:
-        # The last batch is filled up, so that nothing compiles twice.
-        filled = [*clips, *[clips[-1]] * (batch_size - len(clips))]
-        frames_BTHWC = np.stack([clip.frames_THWC for clip in filled])  # type: ignore[misc]
-        made_BTNX, actions_BTm1 = jax.tree.map(np.asarray, encode(frames_BTHWC))
+        # The last batch is filled up, so that nothing compiles twice, and short clips are: no token sees a later frame.
+        whole = [filled(clip.frames_THWC, seq_len) for clip in (*clips, *[clips[-1]] * (batch_size - len(clips)))]  # type: ignore[arg-type]
+        made_BTNX, codes_BTm1 = jax.tree.map(np.asarray, encode(np.stack(whole)))
         return [
             dataclasses.replace(
                 clip,
                 # Tokens of changes do not say what a patch shows, which the dynamics model may want to see.
                 frames_THWC=clip.frames_THWC if tokenizer.cfg.motion_reach else None,
-                tokens_TN=None if as_latents else made_BTNX[i].astype(np.uint16),
-                latents_TNL=made_BTNX[i].astype(np.float16) if as_latents else None,
-                latent_actions_T=None if lam is None else np.append(actions_BTm1[i], 0).astype(np.uint8),
+                tokens_TN=None if as_latents else made_BTNX[i, : len(clip)].astype(np.uint16),
+                latents_TNL=made_BTNX[i, : len(clip)].astype(np.float16) if as_latents else None,
+                latent_actions_T=None if lam is None else np.append(codes_BTm1[i, : len(clip) - 1], 0).astype(np.uint8),
             )
             for i, clip in enumerate(clips)
         ]

@@ -13,9 +13,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from models.errors import InputError
 from tests.conftest import make_clip, make_dataset
-from utils.data import ClipSource, batches, to_device
+from utils.data import ClipSource, batches
 from utils.records import Clip, Metadata, decode_clip, encode_clip, read_metadata, write_metadata, write_shard
-from utils.sharding import batch_sharding, make_mesh
+from utils.sharding import batch_sharding, make_mesh, to_device
 
 
 def take(iterator, n):

@@ -24,7 +24,7 @@ def commands(monkeypatch):
         if any(command[0] == "evaluate.py" for command in of):
             [output] = [command[command.index("--output_dir") + 1] for command in of if command[0] == "evaluate.py"]
             with open(f"{output}/metrics.json", "w") as file:
-                json.dump({}, file)
+                json.dump({"rollout_psnr": 20.0, "copy_last_frame_psnr": 18.5, "delta_psnr_t4": 2.04}, file)
 
     monkeypatch.setattr(demo, "together", run_or_tell)
     return told
@@ -47,6 +47,7 @@ def test_of_a_single_video_a_world_is_made(commands, tmp_path, capfd):
     said = capfd.readouterr()
     assert "Little data" in said.err
     assert "three trainings and their measurement follow" in said.out
+    assert "its rollouts are +1.5 dB against a still picture, its actions worth 2.0 dB at frame 4\nplay it" in said.out
     assert f"play it: make play WORLD={tmp_path}/run/dynamics" in said.out
 
     done = len(commands)
@@ -91,3 +92,10 @@ def test_an_agent_is_made_of_the_files_of_a_demo(commands, tmp_path):
     write_metadata(data, Metadata("film", (64, 64, 3), 15.0, None, {}, {}))
     with pytest.raises(InputError, match="was not recorded from CoinRun"):
         demo.main(demo.Config(output_dir=str(tmp_path), data_dir=str(data), agent=True))
+
+
+def test_a_world_that_learned_nothing_is_said_to_be_one():
+    told = demo.verdict({"rollout_psnr": 28.0, "copy_last_frame_psnr": 35.8, "delta_psnr_t4": 0.07})
+    assert told.splitlines()[0].startswith("its rollouts are -7.8 dB against a still picture")
+    assert "a still picture is better" in told
+    assert "buttons do next to nothing" in told

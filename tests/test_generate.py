@@ -216,27 +216,6 @@ def test_dataset_holds_what_its_metadata_says(dataset):
     assert len(set(ids)) == len(ids) > 300
 
 
-def test_facts_about_actions_are_true_of_the_game(dataset):
-    metadata = read_metadata(dataset)
-
-    def seen(name: str) -> bytes:
-        """All that is shown in six levels where the agent does `name` on the ground and in the air."""
-        actions = ["RIGHT"] * 8 + [name] * 20 + ["RIGHT+UP"] * 4 + [name] * 10 + ["RIGHT"] * 8
-        frames = []
-        for level in range(6):
-            env = ProcgenGym3Env(num=1, env_name="coinrun", start_level=level, num_levels=1, rand_seed=9, num_threads=0)
-            for action in actions:
-                env.act(np.array([ACTION_NAMES.index(action)], np.int32))
-                frames.append(env.observe()[1]["rgb"])
-        return np.stack(frames).tobytes()
-
-    pictures = {name: seen(name) for name in ACTION_NAMES}
-    same = {name: metadata.same_actions.get(name, name) for name in ACTION_NAMES}
-    for a, b in itertools.combinations(ACTION_NAMES, 2):
-        assert (pictures[a] == pictures[b]) == (same[a] == same[b]), f"{a} and {b}"
-    assert metadata.idle_action == "NONE"
-
-
 def test_datasets_without_facts_about_actions_get_those_of_coinrun(dataset, tmp_path):
     fields = json.loads((dataset / "metadata.json").read_text())
     old = {name: value for name, value in fields.items() if name not in ("same_actions", "idle_action")}

@@ -294,3 +294,22 @@ def test_columns_of_actions_are_counted_and_shown(tmp_path):
     assert shown.texts_T[:4] == ["x 1", "x 1", "jump x 1", "jump x 7.5"]
     page = html("c", sections(summary, [], [shown], []))
     assert "off 66.7%, on 33.3%" in page
+
+
+def test_ends_and_the_share_of_successes_are_counted_by_episode(tmp_path):
+    """Each clip of an episode says how that went; it counts once, where it ends. What was cut off counts nowhere."""
+    ending, going_on = np.arange(9) == 8, np.zeros(9, bool)
+
+    def clip(i, terminated, truncated, success):
+        return renamed(make_clip(i, 9), str(i), terminated_T=terminated, truncated_T=truncated, success=success)
+
+    solved, lost, timed_out = ((ending, going_on, True), (ending, going_on, False), (going_on, ending, False))
+    train = [clip(0, going_on, going_on, True), clip(1, *solved), clip(2, *lost), clip(3, *timed_out)]
+    train += [clip(4, going_on, going_on, None), make_clip(5, 9)]
+    summary = inspected(write(tmp_path / "a", train=[train], val=[[clip(6, ending, going_on, None)]]))
+    of_train = {"terminated": 2, "truncated": 1, "success_told": 3, "successful": 1, "success": 1 / 3}
+    of_val = {"terminated": 1, "truncated": 0, "success_told": 0, "successful": 0, "success": None}
+    assert summary["ends"] == {"train": of_train, "val": of_val}
+    [section] = [section for section in sections(summary, [], [], []) if section.title == "Ends"]
+    assert section.blocks[0].rows == [["train", "2", "1", "1 of 3, 33.3%"], ["val", "1", "0", ""]]
+    assert inspected(write(tmp_path / "b", train=[[make_clip(5, 9)]]))["ends"] is None

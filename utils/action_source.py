@@ -11,6 +11,7 @@ from models import flops
 from models.errors import InputError
 from models.genie import World
 from models.lam import LAMConfig
+from models.padding import after_first, mean_of_true
 from utils.data import Batch
 from utils.records import Metadata
 
@@ -116,8 +117,9 @@ class LearnedActions:
 
     def actions(self, world: World, batch: Batch, frames_BTHWC: jax.Array, train: bool) -> Acted:
         assert world.lam
-        out = world.lam(frames_BTHWC, train)
-        error = jnp.mean(jnp.square(out.next_frames_BTm1HWC - frames_BTHWC[:, 1:]))
+        out = world.lam(frames_BTHWC, train, batch.weight_BT)
+        squares = jnp.square(out.next_frames_BTm1HWC - frames_BTHWC[:, 1:])
+        error = mean_of_true(squares, after_first(batch.weight_BT))
         return Acted(out.actions_BTm1, error + self.commitment * out.commitment, (out.latents_BTm1L, out.actions_BTm1))
 
 

@@ -4,7 +4,6 @@ import copy
 import math
 import shutil
 import signal
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +30,8 @@ class Batch(NamedTuple):
     rewards_BT: float32, what each action earned; None unless asked for.
     ends_BT: uint8, how each action ended its level (see `models.ends`); None unless asked for.
     latents_BTNL: float16, in the place of tokens, from a dataset of a tokenizer that makes latents.
+    weight_BT: float32, what each frame counts in a training: 1, or 0 where the last one is repeated to fill a shorter
+      clip up; None where all clips are whole.
     """
 
     frames_BTHWC: Any = None
@@ -40,6 +41,7 @@ class Batch(NamedTuple):
     rewards_BT: Any = None
     ends_BT: Any = None
     latents_BTNL: Any = None
+    weight_BT: Any = None
 
 
 class Source(Protocol):
@@ -78,6 +80,8 @@ class ClipSource:
       tokens_too: Whether a token dataset will do.
       outcomes: What else is read, of "reward" and "end". Since an end comes with a clip's last frame, which is in few
         windows, windows are then placed such that it comes as often as in the data.
+      shortest: Frames that a clip must have at least; shorter ones than `seq_len` are filled up (`Batch.weight_BT`). 0:
+        they do not join.
 
     Raises:
       InputError: Nothing to read: no dataset, no files, no clip that is long enough, or files that do not hold what
@@ -91,8 +95,10 @@ class ClipSource:
         seq_len: int,
         tokens_too: bool = False,
         outcomes: Sequence[str] = (),
+        shortest: int = 0,
     ):
         self.folder, self.split, self.seq_len, self.outcomes = Path(folder), split, seq_len, outcomes
+        self.shortest = min(shortest, seq_len) or seq_len
         self.metadata = read_metadata(folder)
         tokens = self.metadata.tokens
         if tokens and not tokens_too:
@@ -107,9 +113,14 @@ class ClipSource:
         if not shards:
             raise InputError(f"`data_dir` {folder}: the dataset has no clips in its {split} split; generate more data")
         # Only the long enough clips, which every file begins with. Offsets map a clip to its file.
-        self._counts = [shard.count(seq_len) for shard in shards]
+        self._counts = [shard.count(self.shortest) for shard in shards]
         if sum(self._counts) == 0:
             longest = longest_clip(str(folder), split)
+            if self.shortest < seq_len:
+                raise InputError(
+                    f"`data_dir` {folder}: the longest clip in its {split} split has {longest} "
+                    f"frame{'s' * (longest > 1)}, and {self.shortest} are needed to learn from; leave this dataset out"
+                )
             raise InputError(
                 f"`seq_len` {seq_len}: the longest clip in {folder}/{split} has {longest} frames; choose `seq_len` "
                 f"{longest} or less, or generate longer clips"
@@ -146,7 +157,7 @@ class ClipSource:
     def _places(self, length: int) -> int:
         # With outcomes, a window that would begin too late and run over the clip's end stops there: in a clip of L
         # frames, T of L windows do, and the last frame is as frequent among frames as it is in the data.
-        return length if self.outcomes else length - self.seq_len + 1
+        return length if self.outcomes else max(length - self.seq_len, 0) + 1
 
     def clips(self, indices: Sequence[int]) -> list[Clip]:
         """Reads whole clips in one batched read."""
@@ -181,15 +192,15 @@ class ClipSource:
                     f"{self.folder}/{self.split}: clip {clip.clip_id} has frames {found}, the metadata says "
                     f"{self.metadata.frame_shape}; generate the data again"
                 )
-            start = min(int(position * self._places(len(clip))), len(clip) - self.seq_len)
+            start = max(min(int(position * self._places(len(clip))), len(clip) - self.seq_len), 0)
             starts.append(start)
-            frames[i] = clip.frames_THWC[start : start + self.seq_len]  # type: ignore[index]
+            frames[i] = filled(clip.frames_THWC[start : start + self.seq_len], self.seq_len)  # type: ignore[index]
             if actions is not None:
                 if clip.actions_T is None or clip.actions_T.shape[1:] != self.metadata.action_shape:
                     held = "no actions" if clip.actions_T is None else "actions unlike those of the metadata"
                     raise InputError(f"{self.folder}/{self.split}: clip {clip.clip_id} has {held}; generate again")
-                actions[i] = clip.actions_T[start : start + self.seq_len]
-        return self._with_outcomes(Batch(frames, actions), clips, starts)
+                actions[i] = filled(clip.actions_T[start : start + self.seq_len], self.seq_len)
+        return self._with_outcomes(Batch(frames, actions, weight_BT=self._weights(clips)), clips, starts)
 
     def _with_outcomes(self, batch: Batch, clips: Sequence[Clip], starts: Sequence[int]) -> Batch:
         """The batch with what is asked for of the same windows' outcomes."""
@@ -204,11 +215,13 @@ class ClipSource:
         return batch._replace(rewards_BT=cut("reward", lambda clip: clip.rewards_T), ends_BT=cut("end", ends_of))
 
     def _tokens(self, clips: Sequence[Clip]) -> Batch:
-        """The same from a token dataset, whose clips have `seq_len` frames."""
+        """The same from a token dataset, whose clips have `seq_len` frames, or fewer if they were short."""
 
         def stack(name: str, dtype: Any) -> np.ndarray | None:
             values = [getattr(clip, name) for clip in clips]
-            return None if values[0] is None else np.stack(values).astype(dtype)
+            if values[0] is None:
+                return None
+            return np.stack([filled(value, self.seq_len) for value in values]).astype(dtype)
 
         batch = Batch(
             frames_BTHWC=stack("frames_THWC", np.uint8),
@@ -216,8 +229,22 @@ class ClipSource:
             tokens_BTN=stack("tokens_TN", np.uint16),
             latent_actions_BT=stack("latent_actions_T", np.uint8),
             latents_BTNL=stack("latents_TNL", np.float16),
+            weight_BT=self._weights(clips),
         )
         return self._with_outcomes(batch, clips, [0] * len(clips))
+
+    def _weights(self, clips: Sequence[Clip]) -> np.ndarray | None:
+        """What their frames count, if short clips may be among them."""
+        if self.shortest == self.seq_len:
+            return None
+        lengths_B1 = np.array([[len(clip)] for clip in clips])
+        return (np.arange(self.seq_len) < lengths_B1).astype(np.float32)
+
+
+def filled(values_T: np.ndarray, length: int) -> np.ndarray:
+    """Repeats the last of some values until there are as many as `length`."""
+    missing = max(length - len(values_T), 0)
+    return np.concatenate([values_T, np.repeat(values_T[-1:], missing, axis=0)]) if missing else values_T
 
 
 def _check_file(file: Path, shard: Shard) -> None:
@@ -302,40 +329,3 @@ def check_shared_memory(source: Source, batch_size: int, num_workers: int) -> No
 def _ignore_interrupts(worker: int, workers: int) -> None:
     """Ctrl-C reaches all processes of a terminal; the training itself ends its workers, after it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def to_device(
-    stream: Iterator[Batch],
-    sharding: Any,
-    rows: Sequence[int] | np.ndarray | None = None,
-    batch_size: int = 0,
-    ahead: int = 1,
-) -> Generator[Batch, None, None]:
-    """Moves batches to the devices, `ahead` of their use, so that the copy overlaps with the running step.
-
-    Args:
-      sharding: Of the global batch.
-      rows, batch_size: Of a process that gives a share of it alone: which clips of how many.
-    """
-    import jax
-
-    def place(share: np.ndarray) -> jax.Array:
-        whole = (batch_size or len(share), *share.shape[1:])
-        held = np.arange(len(share)) if rows is None else np.asarray(rows)
-
-        def part(index: Any) -> np.ndarray:
-            first, end, _ = index[0].indices(whole[0])
-            at = np.searchsorted(held, first)
-            return share[at : at + end - first]
-
-        return jax.make_array_from_callback(whole, sharding, part)
-
-    queue: deque[Batch] = deque()
-    try:
-        for batch in stream:
-            queue.append(jax.tree.map(place, batch))
-            if len(queue) > ahead:
-                yield queue.popleft()
-    finally:
-        if hasattr(stream, "close"):
-            stream.close()  # ends grain's workers, and gives back the shared memory of batches that wait

@@ -60,9 +60,10 @@ def rollout_quality(predicted: jax.Array, misled: jax.Array, frames: jax.Array) 
     return values | {"unchanged": jnp.mean(unchanged(predicted)), "real_unchanged": jnp.mean(unchanged(future))}
 
 
-def usage(codes: jax.Array, num_codes: int) -> jax.Array:
-    """Share of the codes that occur at all."""
-    return jnp.mean(jnp.zeros(num_codes).at[codes.reshape(-1)].set(1.0))
+def usage(codes: jax.Array, num_codes: int, weight: jax.Array | None = None) -> jax.Array:
+    """Share of the codes that occur at all, where something counts (see `models.padding`)."""
+    occurs = 1.0 if weight is None else (weight.reshape(-1) > 0).astype(jnp.float32)
+    return jnp.mean(jnp.zeros(num_codes).at[codes.reshape(-1)].max(occurs))
 
 
 def perplexity(codes: jax.Array, num_codes: int) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.errors import InputError
-from utils.data import Batch, ClipSource, Source
+from utils.data import Batch, ClipSource, Source, longest_clip
 from utils.records import Metadata
 
 
@@ -46,17 +46,44 @@ def shares(data_dir: str) -> list[Share]:
     return [Share(share.folder, share.weight / total) for share in found]
 
 
+def open_splits(
+    data_dir: str, seq_len: int, shortest: int = 0, tokens_too: bool = False, outcomes: Sequence[str] = ()
+) -> tuple[Source, Source]:
+    """What to train on, of clips of at least `shortest` frames, and what to validate on: whole clips alone.
+
+    In a mixture a dataset without whole clips has no share in the validations, as long as another one has them.
+
+    Raises:
+      InputError: Short clips are to join, and outcomes to be read, which do not go together; or see `ClipSource`.
+    """
+    if outcomes and shortest < seq_len:
+        raise InputError("`pad_short`: not with `heads`; leave one of them out")
+    train = open_split(data_dir, "train", seq_len, tokens_too, outcomes, shortest)
+    found = shares(data_dir)
+    short = [0 < shortest < seq_len and longest_clip(share.folder, "val") < seq_len for share in found]
+    if all(short) or not any(short):
+        return train, open_split(data_dir, "val", seq_len, tokens_too, outcomes)
+    assert isinstance(train, Mixture)
+    sources = [
+        own if is_short else ClipSource(own.folder, "val", seq_len, tokens_too)  # a short one for its actions' names
+        for own, is_short in zip(train.sources, short, strict=True)
+    ]
+    return train, Mixture(
+        sources, [share.weight * (not is_short) for share, is_short in zip(found, short, strict=True)]
+    )
+
+
 def open_split(
-    data_dir: str, split: str, seq_len: int, tokens_too: bool = False, outcomes: Sequence[str] = ()
+    data_dir: str, split: str, seq_len: int, tokens_too: bool = False, outcomes: Sequence[str] = (), shortest: int = 0
 ) -> Source:
     """The clips of one split of the dataset, or of the mixture, that `data_dir` names; see `ClipSource`, `Mixture`."""
     found = shares(data_dir)
-    sources = [ClipSource(share.folder, split, seq_len, tokens_too, outcomes) for share in found]
+    sources = [ClipSource(share.folder, split, seq_len, tokens_too, outcomes, shortest) for share in found]
     return sources[0] if len(sources) == 1 else Mixture(sources, [share.weight for share in found])
 
 
 class Mixture:
-    """Datasets of frames of one shape, of which each gives its share of the clips.
+    """Datasets of frames of one shape, of which each gives its share of the clips; one of weight 0 its actions alone.
 
     A clip's number counts through the datasets, one after another. Actions go by their names: those of the first
     dataset keep their numbers, what only later ones have comes after them. Actions with columns stay as they are, if
@@ -89,8 +116,9 @@ class Mixture:
         own = [
             grain.MapDataset.range(int(begin), int(end)).seed((seed + i) % 2**32).shuffle().repeat()
             for i, (begin, end) in enumerate(zip(self._begins, self._begins[1:], strict=False))
+            if self.weights[i]
         ]
-        return grain.MapDataset.mix(own, self.weights).seed(seed)
+        return grain.MapDataset.mix(own, [weight for weight in self.weights if weight]).seed(seed)
 
     def windows(self, indices: Sequence[int], positions: Sequence[float]) -> Batch:
         """Reads a batch; see `ClipSource.windows`."""

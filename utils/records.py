@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 
 # Here, not with the game, for the sake of datasets of CoinRun from before metadata.json held these.
-COINRUN_SAME_ACTIONS = {"LEFT+DOWN": "LEFT", "DOWN": "NONE", "RIGHT+DOWN": "RIGHT"} | dict.fromkeys("DAWSQE", "NONE")
+COINRUN_SAME_ACTIONS = dict.fromkeys("DAWSQE", "NONE")  # not DOWN, which falls through a crate
 COINRUN_IDLE_ACTION = "NONE"
 
 PER_FRAME = ("frames_THWC", "actions_T", "rewards_T", "tokens_TN", "latent_actions_T", "terminated_T", "truncated_T")
@@ -172,7 +172,7 @@ class TokenInfo:
     """What made the tokens of a token dataset.
 
     tokenizer, lam: Fingerprints (`models.genie.fingerprint`); no LAM, no latent actions.
-    window: Frames in each clip. Tokens depend on the frames before them from the clip's first on, so clips stay whole.
+    window: Frames in each clip, at most. Tokens depend on the frames before them from the first on: clips stay whole.
     frames: Path of the dataset of frames.
     """
 

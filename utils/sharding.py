@@ -4,8 +4,8 @@ import os
 import re
 import sys
 import threading
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.errors import InputError
 from models.stored import first_line
+from utils.data import Batch
 
 PATIENCE_S = 300
 """Seconds that a process waits for the others of its run."""
@@ -161,3 +162,39 @@ def spread(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(place, tree, shardings)
+
+
+def to_device(
+    stream: Iterator[Batch],
+    sharding: Any,
+    rows: Sequence[int] | np.ndarray | None = None,
+    batch_size: int = 0,
+    ahead: int = 1,
+) -> Generator[Batch, None, None]:
+    """Moves batches to the devices, `ahead` of their use, so that the copy overlaps with the running step.
+
+    Args:
+      sharding: Of the global batch.
+      rows, batch_size: Of a process that gives a share of it alone: which clips of how many.
+    """
+
+    def place(share: np.ndarray) -> jax.Array:
+        whole = (batch_size or len(share), *share.shape[1:])
+        held = np.arange(len(share)) if rows is None else np.asarray(rows)
+
+        def part(index: Any) -> np.ndarray:
+            first, end, _ = index[0].indices(whole[0])
+            at = np.searchsorted(held, first)
+            return share[at : at + end - first]
+
+        return jax.make_array_from_callback(whole, sharding, part)
+
+    queue: deque[Batch] = deque()
+    try:
+        for batch in stream:
+            queue.append(jax.tree.map(place, batch))
+            if len(queue) > ahead:
+                yield queue.popleft()
+    finally:
+        if hasattr(stream, "close"):
+            stream.close()  # ends grain's workers, and gives back the shared memory of batches that wait

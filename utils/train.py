@@ -17,14 +17,23 @@ from models.nn import Compute
 from models.stored import checkpoint_steps
 from utils.checkpoint import CheckpointConfig, Checkpoints, take_folder, write_config
 from utils.cli import DEFAULT_CACHE, set_up_jax
-from utils.data import Batch, Source, batches, to_device
+from utils.data import Batch, Source, batches
 from utils.init_from import begin_with
 from utils.logging import Console, Files, TensorBoard, Wandb, Writer, Writers, check_wandb
 from utils.metrics import precision_metrics
 from utils.optim import OptimConfig, make_optimizer, phases, raised_rate
 from utils.progress import Profiler, Reporter, Speed, Waiting
 from utils.settle import settled
-from utils.sharding import batch_sharding, make_mesh, own_rows, spread, start_distributed, state_sharding, whole_here
+from utils.sharding import (
+    batch_sharding,
+    make_mesh,
+    own_rows,
+    spread,
+    start_distributed,
+    state_sharding,
+    to_device,
+    whole_here,
+)
 from utils.signals import StopOnSignal
 from utils.state import TrainState
 from utils.step import Build, TrainStep, fitting_step
@@ -59,6 +68,9 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
     """Clips for each device, in the place of --batch_size; a resumed training keeps the batches that it began with."""
     seq_len: int = 16
     """Frames in a clip."""
+    pad_short: bool = False
+    """Let clips shorter than --seq_len join, filled up with frames that count nothing; a tokenizer takes single
+    pictures too. Validations take whole clips."""
     grad_accum: int = 1
     """Parts into which a batch is cut to save memory; the result is the same to rounding, but for a LAM, which centres
     its latents on each part."""
