@@ -97,7 +97,7 @@ PRESETS = {
     "tiny": TINY,
     "flow": dataclasses.replace(
         TINY,
-        model=DynamicsConfig(**SIZE, kind="flow", num_blocks=2, patch_size=8, motion_reach=6),
+        model=DynamicsConfig(**SIZE, kind="flow", num_blocks=2, patch_size=8, motion_reach=6, edge_weight=0.3),
         sampling=SamplingConfig(steps=1),
         num_steps=2000,
         decay_steps=1000,
