@@ -408,7 +408,8 @@ def test_what_a_flow_cannot_learn_from_is_refused(trained, dataset, tmp_path):
     given = [*WORLD, *flags(dataset, tmp_path), "--lam_checkpoint", trained["lam"]]
     done = script("train_dynamics", *given, "--model.patch_size", 40, check=False)
     assert "--model.patch_size 40: must be from 1 to the frames' shorter side, 16" in refused(done)
-    latents = ["--model.space", "latents", "--model.motion_reach", 0, "--tokenizer_checkpoint", trained["tokenizer"]]
+    latents = ["--model.space", "latents", "--model.motion_reach", 0, "--model.edge_weight", 0]
+    latents += ["--tokenizer_checkpoint", trained["tokenizer"]]
     done = script("train_dynamics", *given, *latents, check=False)
     assert "has tokens, but --model.space latents needs a tokenizer of kind mae" in refused(done)
 
