@@ -41,6 +41,8 @@ class Config:
     """their width."""
     fps: float | None = None
     """Their rate; default: the rate of most of your videos."""
+    use_gt_actions: bool = False
+    """Learn your dataset's own actions instead of finding latent ones: where little moves, those cannot be found."""
     init_from: str = ""
     """World whose parameters the three trainings begin with, such as worlds/coinrun-small with --preset small."""
     agent: bool = False
@@ -94,6 +96,8 @@ def own_data(cfg: Config, root: Path) -> str:
         if not (data / "metadata.json").exists():
             source = ["--input_dir", cfg.data_dir, "--output_dir", str(data)]
             together(["preprocess_dataset.py", *source, *size, *rate, "--seed", str(cfg.seed)])
+    if cfg.use_gt_actions and not read_metadata(data).has_actions:
+        raise InputError(f"`use_gt_actions`: {cfg.data_dir} has no actions; leave it out, to find latent ones")
     inspection = root / "inspection"
     count = lambda split: sum(shard.count() for shard in read_metadata(data).splits.get(split, ()))
     clips, held_out = count("train"), count("val")
@@ -117,12 +121,12 @@ def estimate(cfg: Config, summary: dict[str, Any]) -> str:
     Half of what two cores take does not get faster with more.
     """
     if os.path.exists("/dev/nvidiactl"):
-        return "\nthree trainings and their measurement follow; how long they take on a GPU has not been measured"
+        return "\ntrainings and their measurement follow; how long they take on a GPU has not been measured"
     height, width, _ = summary["frame_shape"]
     patches, cores = -(-height // 8) * -(-width // 8) / 64, num_cores()
     minutes = max(1, round(MINUTES[cfg.preset] * patches * (0.5 + 1 / min(cores, 4))))
     where = f"{cores} core{'s' * (cores > 1)} with nothing beside"
-    return f"\nthree trainings and their measurement follow: about {minutes} min on {where}"
+    return f"\ntrainings and their measurement follow: about {minutes} min on {where}"
 
 
 def verdict(metrics: dict[str, Any]) -> str:
@@ -135,7 +139,9 @@ def verdict(metrics: dict[str, Any]) -> str:
             "a still picture is better: what moves is too small or too rare to be learned so; see its inspection"
         )
     if delta < FEW_DB:
-        lines.append("its buttons do next to nothing: where little moves, train on the true actions (--use_gt_actions)")
+        lines.append(
+            "its buttons do next to nothing: where little moves, give the true actions (demo.py --use_gt_actions)"
+        )
     return "\n".join(lines)
 
 
@@ -183,13 +189,13 @@ def main(cfg: Config) -> None:
     seed = ["--seed", str(cfg.seed)]
     preset = ["--preset", cfg.preset, "--data_dir", data, *seed]
     preset += ["--init_from", cfg.init_from] if cfg.init_from else []
-    parts = ["--tokenizer_checkpoint", tokenizer, "--lam_checkpoint", lam]
+    actions = ["--use_gt_actions"] if cfg.use_gt_actions else ["--lam_checkpoint", lam]
     # Neither of these two needs the other, and side by side they leave no core idle; nor do the last two.
-    together(
-        ["train_tokenizer.py", *preset, "--ckpt_dir", tokenizer],
-        ["train_lam.py", *preset, "--ckpt_dir", lam],
-    )
-    together(["train_dynamics.py", *preset, "--ckpt_dir", world, *parts])
+    trainings = [["train_tokenizer.py", *preset, "--ckpt_dir", tokenizer]]
+    if not cfg.use_gt_actions:
+        trainings.append(["train_lam.py", *preset, "--ckpt_dir", lam])
+    together(*trainings)
+    together(["train_dynamics.py", *preset, "--ckpt_dir", world, "--tokenizer_checkpoint", tokenizer, *actions])
     samples, clips = str(root / "samples"), ["--num_clips", "48", "--rollout_clips", "48", "--long_frames", "30", *seed]
     together(
         ["sample.py", "--checkpoint", world, "--output_dir", samples, "--num_clips", "8", *seed],

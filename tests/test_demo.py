@@ -7,8 +7,13 @@ import pytest
 
 import demo
 from models.errors import InputError
+<<<<<<< HEAD
 from tests.conftest import make_clip
 from utils.records import Metadata, read_metadata, write_metadata
+=======
+from tests.conftest import make_clip, make_dataset
+from utils.records import read_metadata
+>>>>>>> owngame
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ def test_of_a_single_video_a_world_is_made(commands, tmp_path, capfd):
     assert (clips["train"], clips["val"], clips["test"]) == (20, 2, 0)
     said = capfd.readouterr()
     assert "Little data" in said.err
-    assert "three trainings and their measurement follow" in said.out
+    assert "trainings and their measurement follow" in said.out
     assert "its rollouts are +1.5 dB against a still picture, its actions worth 2.0 dB at frame 4\nplay it" in said.out
     assert f"play it: make play WORLD={tmp_path}/run/dynamics" in said.out
 
@@ -61,6 +66,17 @@ def test_a_dataset_is_taken_as_it_is_and_a_world_to_begin_with_is_passed_on(comm
     assert all(command[command.index("--data_dir") + 1] == str(dataset) for command in trained)
     assert all(command[command.index("--init_from") + 1] == "worlds/coinrun-small" for command in trained)
     assert (tmp_path / "inspection" / "report.html").exists()
+
+
+def test_with_true_actions_no_lam_is_trained(commands, dataset, tmp_path):
+    demo.main(demo.Config(data_dir=str(dataset), output_dir=str(tmp_path / "run"), use_gt_actions=True))
+    trained = [command for command in commands if command[0].startswith("train_")]
+    assert [command[0] for command in trained] == ["train_tokenizer.py", "train_dynamics.py"]
+    assert "--use_gt_actions" in trained[1]
+    assert "--lam_checkpoint" not in trained[1]
+    without = make_dataset(tmp_path / "without", clips=2, actions=False)
+    with pytest.raises(InputError, match=r"`use_gt_actions`: .*without has no actions"):
+        demo.main(demo.Config(data_dir=str(without), output_dir=str(tmp_path / "run2"), use_gt_actions=True))
 
 
 def test_a_single_clip_is_too_little(commands, tmp_path):
