@@ -7,13 +7,8 @@ import pytest
 
 import demo
 from models.errors import InputError
-<<<<<<< HEAD
-from tests.conftest import make_clip
-from utils.records import Metadata, read_metadata, write_metadata
-=======
 from tests.conftest import make_clip, make_dataset
-from utils.records import read_metadata
->>>>>>> owngame
+from utils.records import Metadata, read_metadata, write_metadata
 
 
 @pytest.fixture
