@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from evaluation.verdict import verdict
 from models.errors import InputError
 from sources.environment import options_of
 from sources.workers import num_cores
@@ -112,7 +113,6 @@ def own_data(cfg: Config, root: Path) -> str:
 
 MINUTES = {"tiny": 5, "small": 96}
 """Of trainings and measurement on two cores, with frames of 64 × 64 (benchmarks/RESULTS.md)."""
-FEW_DB = 0.5  # by which rollouts with their own actions are better at frame 4 than with random ones: hardly anything
 
 
 def estimate(cfg: Config, summary: dict[str, Any]) -> str:
@@ -127,22 +127,6 @@ def estimate(cfg: Config, summary: dict[str, Any]) -> str:
     minutes = max(1, round(MINUTES[cfg.preset] * patches * (0.5 + 1 / min(cores, 4))))
     where = f"{cores} core{'s' * (cores > 1)} with nothing beside"
     return f"\ntrainings and their measurement follow: about {minutes} min on {where}"
-
-
-def verdict(metrics: dict[str, Any]) -> str:
-    """What the measurement says of the world, in a line or two."""
-    margin = metrics["rollout_psnr"] - metrics["copy_last_frame_psnr"]
-    delta = metrics["delta_psnr_t4"]
-    lines = [f"its rollouts are {margin:+.1f} dB against a still picture, its actions worth {delta:.1f} dB at frame 4"]
-    if margin < 0:
-        lines.append(
-            "a still picture is better: what moves is too small or too rare to be learned so; see its inspection"
-        )
-    if delta < FEW_DB:
-        lines.append(
-            "its buttons do next to nothing: where little moves, give the true actions (demo.py --use_gt_actions)"
-        )
-    return "\n".join(lines)
 
 
 EXPERT = ("LEFT=1", "LEFT+UP=1", "NONE=1", "UP=1", "RIGHT=4", "RIGHT+UP=8")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import demo
+from evaluation.verdict import verdict
 from models.errors import InputError
 from tests.conftest import make_clip, make_dataset
 from utils.records import Metadata, read_metadata, write_metadata
@@ -106,7 +107,7 @@ def test_an_agent_is_made_of_the_files_of_a_demo(commands, tmp_path):
 
 
 def test_a_world_that_learned_nothing_is_said_to_be_one():
-    told = demo.verdict({"rollout_psnr": 28.0, "copy_last_frame_psnr": 35.8, "delta_psnr_t4": 0.07})
+    told = verdict({"rollout_psnr": 28.0, "copy_last_frame_psnr": 35.8, "delta_psnr_t4": 0.07})
     assert told.splitlines()[0].startswith("its rollouts are -7.8 dB against a still picture")
     assert "a still picture is better" in told
     assert "buttons do next to nothing" in told

@@ -85,7 +85,7 @@ def test_sample_evaluate_and_play_take_it_and_write_beside_it(exported, tmp_path
     sample.main(sample.Config(checkpoint=str(exported), num_clips=2))
     assert (tmp_path / "runs" / "worlds" / "squares" / "samples" / "rollout.gif").is_file()
     flags = {"num_clips": 4, "rollout_clips": 2, "long_frames": 3, "compile_cache": ""}
-    evaluate.main(evaluate.Config(checkpoint=str(exported), **flags))
+    evaluate.main(evaluate.Config(checkpoint=(str(exported),), **flags))
     assert (tmp_path / "runs" / "worlds" / "squares" / "evaluation" / "metrics.json").is_file()
     source, message = play.open_dataset(play.Config(checkpoint=(str(exported),)), str(exported))
     assert source is not None

@@ -395,7 +395,7 @@ def test_a_world_without_a_tokenizer_samples_exports_and_is_measured(trained_flo
     sample.main(sample.Config(checkpoint=str(out), output_dir=str(tmp_path / "samples"), num_clips=2, shown_clips=1))
     assert (tmp_path / "samples" / "rollout.gif").is_file()
     asked = {"num_clips": 3, "rollout_clips": 2, "long_frames": 3, "compile_cache": "", "sweep_sampling": True}
-    evaluate.main(evaluate.Config(checkpoint=str(out), output_dir=str(tmp_path / "report"), **asked))
+    evaluate.main(evaluate.Config(checkpoint=(str(out),), output_dir=str(tmp_path / "report"), **asked))
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert metrics["sampling"]["steps"] == 2
     assert metrics["rollout_psnr"] > 0
@@ -421,7 +421,7 @@ def test_a_world_with_a_joint_lam_trains_and_is_measured(dataset, tmp_path):
     np.testing.assert_allclose(world.dynamics.codes_AL[:-1], world.lam.vq.codebook_KL, atol=1e-6)
     assert any("['lam']['encoder']" in name for name in stored(tmp_path, 3, "optimizer"))
     asked = {"num_clips": 3, "rollout_clips": 2, "long_frames": 3, "compile_cache": ""}
-    evaluate.main(evaluate.Config(checkpoint=str(tmp_path), output_dir=str(tmp_path / "report"), **asked))
+    evaluate.main(evaluate.Config(checkpoint=(str(tmp_path),), output_dir=str(tmp_path / "report"), **asked))
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert metrics["actions"] == "inferred"
     assert "lam_psnr" not in metrics

@@ -22,7 +22,9 @@ from models.nn import Compute, Past
 from models.tokenizer import Tokenizer, TokenizerConfig
 from sources.tokens import TokenOptions, write_tokens
 from tests.conftest import CACHE, SMALL, script
+from utils.action_source import TrueActions
 from utils.data import Batch, ClipSource
+from utils.parts import world_config
 from utils.records import read_metadata
 
 SHAPE = (8, 8, 3)
@@ -189,7 +191,7 @@ def test_stored_latents_are_those_of_the_frames_and_not_for_tokens(trained, data
         tokenizer_checkpoint=str(folder), data_dir=str(tmp_path / "latents"), use_gt_actions=True, seq_len=6
     )
     with pytest.raises(InputError, match="kind mae, which makes no tokens for dynamics of kind maskgit"):
-        train_dynamics.world_config(cfg, read_metadata(tmp_path / "latents"), train_dynamics.TrueActions())
+        world_config(cfg, read_metadata(tmp_path / "latents"), TrueActions())
 
 
 def test_its_report_leaves_codebooks_out(trained, dataset, tmp_path):

@@ -99,7 +99,8 @@ def test_the_loss_is_a_mean_over_true_frames_whatever_the_parts():
     cfg = train_tokenizer.Config(model=model.cfg)
     lengths = (4, 2)
     batch = batch_of(lengths)
-    step = jax.jit(lambda b: train_tokenizer.loss_fn(model, (b, None), cfg)[0])
+    nothing = train_tokenizer.Drawn(None, None, None)
+    step = jax.jit(lambda b: train_tokenizer.loss_fn(model, (b, nothing), cfg, None)[0])
     loss = lambda b: float(step(b))
     even, _ = train_tokenizer.draw(batch, jax.random.key(0), cfg.model)
     alone = [loss(Batch(batch.frames_BTHWC[i : i + 1, :n])) for i, n in enumerate(lengths)]
