@@ -32,8 +32,8 @@ class Config:
     """Your own data: a dataset, or a folder of videos, arrays or pictures. Empty records CoinRun."""
     output_dir: str = ""
     """Where everything goes; default: runs/demo, or runs/<name of your data>."""
-    preset: Literal["tiny", "small"] = "tiny"
-    """Of the three trainings; small wants --num_episodes 600."""
+    preset: Literal["tiny", "flow", "small"] = "tiny"
+    """Of the trainings, of which a flow needs no tokenizer's; small wants --num_episodes 600."""
     num_episodes: int = 100
     """Episodes of CoinRun, without backgrounds and in one theme."""
     height: int = 64
@@ -111,7 +111,7 @@ def own_data(cfg: Config, root: Path) -> str:
     return str(inspection / "dataset" if fix else data)
 
 
-MINUTES = {"tiny": 5, "small": 96}
+MINUTES = {"tiny": 5, "flow": 8, "small": 96}
 """Of trainings and measurement on two cores, with frames of 64 × 64 (benchmarks/RESULTS.md)."""
 
 
@@ -175,11 +175,13 @@ def main(cfg: Config) -> None:
     preset += ["--init_from", cfg.init_from] if cfg.init_from else []
     actions = ["--use_gt_actions"] if cfg.use_gt_actions else ["--lam_checkpoint", lam]
     # Neither of these two needs the other, and side by side they leave no core idle; nor do the last two.
-    trainings = [["train_tokenizer.py", *preset, "--ckpt_dir", tokenizer]]
+    parts = [] if cfg.preset == "flow" else [["train_tokenizer.py", *preset, "--ckpt_dir", tokenizer]]
     if not cfg.use_gt_actions:
-        trainings.append(["train_lam.py", *preset, "--ckpt_dir", lam])
-    together(*trainings)
-    together(["train_dynamics.py", *preset, "--ckpt_dir", world, "--tokenizer_checkpoint", tokenizer, *actions])
+        parts.append(["train_lam.py", *preset, "--ckpt_dir", lam])
+    if parts:
+        together(*parts)
+    coded = [] if cfg.preset == "flow" else ["--tokenizer_checkpoint", tokenizer]
+    together(["train_dynamics.py", *preset, "--ckpt_dir", world, *coded, *actions])
     samples, clips = str(root / "samples"), ["--num_clips", "48", "--rollout_clips", "48", "--long_frames", "30", *seed]
     together(
         ["sample.py", "--checkpoint", world, "--output_dir", samples, "--num_clips", "8", *seed],

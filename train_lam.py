@@ -61,6 +61,7 @@ PRESETS = {
     "coinrun": Config(),
     "moving": Config(model=LAMConfig(rotary_space=True, num_codes=8, motion_reach=6)),
     "tiny": TINY,
+    "flow": TINY,
     "small": dataclasses.replace(
         TINY,
         model=dataclasses.replace(TINY.model, unquantized_steps=400),
@@ -79,7 +80,7 @@ PRESETS = {
 """coinrun: the paper's, Appendix F; not run on a GPU yet.
 moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has run it.
 
-tiny: what `make demo` runs, `python train_lam.py --preset tiny`; its decoder moves the last frame.
+tiny: what `make demo` runs, `python train_lam.py --preset tiny`; its decoder moves the last frame. flow: the same.
 small: the same model trained for longer, as for worlds/coinrun-small.
 bench: for benchmarks/ only.
 """

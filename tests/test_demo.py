@@ -1,5 +1,6 @@
 """The demo's way with one's own data, up to where the trainings begin; these are tested elsewhere."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -70,6 +71,19 @@ def test_with_true_actions_no_lam_is_trained(commands, dataset, tmp_path):
     assert [command[0] for command in trained] == ["train_tokenizer.py", "train_dynamics.py"]
     assert "--use_gt_actions" in trained[1]
     assert "--lam_checkpoint" not in trained[1]
+
+
+def test_a_flow_needs_no_tokenizer(commands, dataset, tmp_path):
+    config = demo.Config(data_dir=str(dataset), output_dir=str(tmp_path / "run"), preset="flow")
+    demo.main(config)
+    lam, dynamics = (command for command in commands if command[0].startswith("train_"))
+    assert lam[0] == "train_lam.py"
+    assert "--tokenizer_checkpoint" not in dynamics
+    assert dynamics[dynamics.index("--lam_checkpoint") + 1] == lam[lam.index("--ckpt_dir") + 1]
+    commands.clear()
+    demo.main(dataclasses.replace(config, use_gt_actions=True))
+    [dynamics] = (command for command in commands if command[0].startswith("train_"))
+    assert dynamics[0] == "train_dynamics.py"
     without = make_dataset(tmp_path / "without", clips=2, actions=False)
     with pytest.raises(InputError, match=r"`use_gt_actions`: .*without has no actions"):
         demo.main(demo.Config(data_dir=str(without), output_dir=str(tmp_path / "run2"), use_gt_actions=True))
