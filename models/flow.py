@@ -211,7 +211,8 @@ class Flow(Dynamics):
         return loss, {"one_step_mse": share(size_BTm1 == 1.0), "flow_mse": share(size_BTm1 < 1.0)}
 
     def hidden(self, seen: Seen) -> jax.Array:
-        return self.read(*self._given(seen)).x_BTNM
+        values_BTNP, action_BTM = self._given(seen)
+        return self.read(self.noisy(values_BTNP, 0), action_BTM).x_BTNM
 
     def _given(self, seen: Seen) -> tuple[jax.Array, jax.Array]:
         """The frames of clips (B, T, N, P), and the embeddings (B, T, M) of the actions that lead to them."""

@@ -18,13 +18,11 @@ import export
 from agents.planning import Shooter, worth
 from agents.worlds import Prompts, Worlds
 from evaluation.outcomes import expected_return, judge_seen, measure_heads
-from models.causal import Causal
 from models.dynamics import DynamicsConfig, Seen
 from models.ends import ENDED, GOES_ON, LOST, SOLVED, TIME_UP
 from models.errors import InputError
 from models.genie import World, WorldConfig, model_config
 from models.heads import Heads, HeadsConfig, Judged, bins, two_hot
-from models.maskgit import MaskGIT
 from models.motion import frames_before
 from models.nn import Compute
 from models.sampling import SamplingConfig, next_frame, start_rollout
@@ -111,7 +109,8 @@ def test_each_reward_and_end_comes_with_its_frame_and_action(counter):
     np.testing.assert_array_equal(batch.rewards_BT, 10.0 * ((count_BT == EARNS) & on_BT))
     np.testing.assert_array_equal(batch.ends_BT != GOES_ON, (count_BT == ENDS) & on_BT)
     assert set(np.unique(batch.ends_BT)) == {GOES_ON, LOST, SOLVED}
-    assert ClipSource(counter, "train", T).windows([0], [0.5])[-2:] == (None, None)  # unless asked for
+    plain = ClipSource(counter, "train", T).windows([0], [0.5])
+    assert (plain.rewards_BT, plain.ends_BT) == (None, None)  # unless asked for
 
 
 def test_ends_are_as_frequent_as_in_the_data(counter):
@@ -277,11 +276,11 @@ def test_a_judgement_knows_what_came_before_it_alone():
     np.testing.assert_array_equal(heads(hidden, hidden[:, 0])[0], heads(hidden, hidden[:, 1])[0])
 
 
-@pytest.mark.parametrize("kind", [MaskGIT, Causal])
+@pytest.mark.parametrize("kind", ["maskgit", "causal", "flow"])
 def test_hidden_states_of_a_rollout_are_those_of_the_clip(kind):
     """What `next_frame` keeps for the heads equals a pass over all frames."""
-    name = {MaskGIT: "maskgit", Causal: "causal"}[kind]
-    config = dataclasses.replace(TRUE, dynamics=dataclasses.replace(TRUE.dynamics, kind=name, sees_picture=True))
+    config = dataclasses.replace(TRUE, dynamics=dataclasses.replace(TRUE.dynamics, kind=kind, sees_picture=True))
+    config = dataclasses.replace(config, tokenizer=None) if kind == "flow" else config
     world = World(config, Compute(), nnx.Rngs(0))
     frames, actions = jax.random.uniform(jax.random.key(0), (2, 2, *FRAME)), jnp.array([[0, 1], [1, 1]])
 
@@ -290,7 +289,9 @@ def test_hidden_states_of_a_rollout_are_those_of_the_clip(kind):
         state = start_rollout(world, frames, actions[:, :1])
         picture, after = next_frame(world, state, actions[:, 1], jax.random.key(1), SAMPLING)
         clip = jnp.concatenate([frames, picture[:, None]], axis=1)
-        tokens = jnp.concatenate([world.tokenizer.encode(frames), after.tokens_BN[:, None]], axis=1)
+        tokens = None
+        if world.tokenizer:
+            tokens = jnp.concatenate([world.tokenizer.encode(frames), after.tokens_BN[:, None]], axis=1)
         whole = world.dynamics.hidden(Seen(tokens, clip, frames_before(clip), actions))
         return whole[:, 1:], jnp.stack([state.hidden_BNM, after.hidden_BNM], axis=1)
 
