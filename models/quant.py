@@ -44,9 +44,9 @@ def _backward(saved: tuple[Any, Any], grad_XF: jax.Array) -> tuple[jax.Array, ja
 int8_product.defvjp(_forward, _backward)
 
 
-def _rounded(x: jax.Array, axis: int) -> Any:
+def _rounded(x_XM: jax.Array, axis: int) -> Any:
     """A matrix in int8, with a float32 scale for each place along `axis`."""
-    return _qwix().quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=(axis,))
+    return _qwix().quantize(x_XM.astype(jnp.float32), jnp.int8, channelwise_axes=(axis,))
 
 
 def _qwix() -> Any:

@@ -92,8 +92,8 @@ MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")
 
 def checked(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """A step's metrics with `finite`: whether those that must be finite are; for use inside of the compiled step."""
-    told = jnp.stack([metrics[name] for name in MUST_BE_FINITE if name in metrics])
-    return metrics | {"finite": jnp.all(jnp.isfinite(told))}
+    told = [jnp.isfinite(metrics[name]) for name in MUST_BE_FINITE if name in metrics]
+    return metrics | {"finite": jnp.all(jnp.array(told, bool))}
 
 
 class Reporter:
