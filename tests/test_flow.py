@@ -414,6 +414,7 @@ def test_what_a_flow_cannot_learn_from_is_refused(trained, dataset, tmp_path):
     assert "has tokens, but --model.space latents needs a tokenizer of kind mae" in refused(done)
 
 
+@pytest.mark.slow
 def test_a_world_with_a_joint_lam_trains_and_is_measured(dataset, tmp_path):
     lam = ["--lam.width", 16, "--lam.num_heads", 2, "--lam.num_blocks", 1, "--lam.patch_size", 8, "--lam.num_codes", 3]
     script("train_dynamics", *WORLD, *flags(dataset, tmp_path), "--joint_lam", *lam, "--num_steps", 3)
