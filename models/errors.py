@@ -32,3 +32,10 @@ class DivergenceError(ArithmeticError):
     def __init__(self, message: str, step: int, name: str, value: float):
         super().__init__(message)
         self.step, self.name, self.value = step, name, value
+
+
+def check_patch_size(patch_size: int, frame_shape: tuple[int, int, int], of: type) -> None:
+    """Refuses patches that are larger than frames (H, W, C), as a field of the configuration `of`."""
+    side = min(frame_shape[:2])
+    if not 1 <= patch_size <= side:
+        raise InputError(f"`patch_size` {patch_size}: must be from 1 to the frames' shorter side, {side}", of=of)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from models.causal import Causal
 from models.dynamics import Dynamics, DynamicsConfig, TokenDynamics
-from models.errors import InputError
+from models.errors import InputError, check_patch_size
 from models.flow import Flow
 from models.heads import Heads, HeadsConfig, Judged
 from models.lam import LAM, LAMConfig
@@ -110,10 +110,7 @@ def sized(cfg: DynamicsConfig, tokenizer: TokenizerConfig | None, frame_shape: t
         if cfg.kind == "flow":
             sizes["latent_width"] = tokenizer.code_width
     else:
-        if not 1 <= cfg.patch_size <= min(frame_shape[:2]):
-            side = min(frame_shape[:2])
-            message = f"`patch_size` {cfg.patch_size}: must be from 1 to the frames' shorter side, {side}"
-            raise InputError(message, of=DynamicsConfig)
+        check_patch_size(cfg.patch_size, frame_shape, DynamicsConfig)
         sizes = {"num_patches": num_patches(frame_shape, cfg.patch_size)}
     return dataclasses.replace(cfg, frame_shape=frame_shape, **sizes)
 

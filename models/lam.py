@@ -9,7 +9,7 @@ import tyro
 from flax import nnx
 
 from models import init
-from models.errors import InputError
+from models.errors import InputError, check_patch_size
 from models.fsq import check_levels, quantizer
 from models.motion import MotionHead
 from models.nn import Compute, Places, STConfig, STTransformer, in_float32, linear, num_patches, patchify, unpatchify
@@ -45,10 +45,7 @@ class LAMConfig(STConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= self.patch_size <= min(self.frame_shape[:2]):
-            side = min(self.frame_shape[:2])
-            message = f"`patch_size` {self.patch_size}: must be from 1 to the frames' shorter side, {side}"
-            raise InputError(message, of=type(self))
+        check_patch_size(self.patch_size, self.frame_shape, type(self))
         check_levels(self)
         if self.motion_reach < 0:
             raise InputError(f"`motion_reach` {self.motion_reach}: must be 0 or more pixels", of=type(self))

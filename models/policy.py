@@ -9,7 +9,7 @@ import tyro
 from flax import nnx
 
 from models import init
-from models.errors import InputError
+from models.errors import InputError, check_patch_size
 from models.kernels import RMSNorm
 from models.lam import LAM, LAMConfig
 from models.nn import Compute, Places, STConfig, STTransformer, linear, num_patches, patchify
@@ -36,10 +36,7 @@ class PolicyConfig(STConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= self.patch_size <= min(self.frame_shape[:2]):
-            side = min(self.frame_shape[:2])
-            message = f"`patch_size` {self.patch_size}: must be from 1 to the frames' shorter side, {side}"
-            raise InputError(message, of=type(self))
+        check_patch_size(self.patch_size, self.frame_shape, type(self))
         if self.context < 1:
             raise InputError(f"`context` {self.context}: must be at least 1 frame", of=type(self))
 

@@ -12,7 +12,7 @@ import tyro
 from flax import nnx
 
 from models import init
-from models.errors import InputError
+from models.errors import InputError, check_patch_size
 from models.fsq import check_levels, quantizer
 from models.kernels import KV
 from models.latents import Bottleneck, Squashed
@@ -72,10 +72,7 @@ class TokenizerConfig(STConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= self.patch_size <= min(self.frame_shape[:2]):
-            side = min(self.frame_shape[:2])
-            message = f"`patch_size` {self.patch_size}: must be from 1 to the frames' shorter side, {side}"
-            raise InputError(message, of=type(self))
+        check_patch_size(self.patch_size, self.frame_shape, type(self))
         check_levels(self)
         if not 0 <= self.max_hidden < 1:
             raise InputError(f"`max_hidden` {self.max_hidden}: must be 0 or more, and less than 1", of=type(self))
