@@ -183,7 +183,8 @@ def stored_model_config(path: str | Path, kind: str) -> Any:
     if config["kind"] == "world" and kind in ("tokenizer", "lam") and getattr(cfg, kind):
         return getattr(cfg, kind)
     if config["kind"] != kind:
-        raise InputError(f"{path}: holds a {config['kind']}, but a {kind} is needed")
+        held, needed = (f"an {name}" if name == "agent" else f"a {name}" for name in (config["kind"], kind))
+        raise InputError(f"{path}: holds {held}, but {needed} is needed")
     return cfg
 
 
