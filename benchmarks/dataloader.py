@@ -25,13 +25,15 @@ class Config(Output):
     """Frames in a clip."""
     num_workers: tuple[int, ...] = (0, 2)
     """Numbers of worker processes to try."""
+    windows_per_clip: tuple[int, ...] = (1, 2)
+    """Numbers of windows to cut from each clip."""
     seconds: float = 6.0
     """How long to read with each."""
 
 
-def frames_per_s(source: ClipSource, cfg: Config, num_workers: int) -> float:
+def frames_per_s(source: ClipSource, cfg: Config, num_workers: int, windows: int) -> float:
     """Steady rate: workers have started and the buffers are empty when the clock starts."""
-    stream = batches(source, cfg.batch_size, 0, num_workers=num_workers)
+    stream = batches(source, cfg.batch_size, 0, num_workers=num_workers, windows_per_clip=windows)
     for _ in range(16 + 4 * num_workers):
         next(stream)
     began, count = time.perf_counter(), 0
@@ -59,7 +61,8 @@ def main(cfg: Config) -> None:
         "frames_per_s_floor": records_per_s(source, cfg) * cfg.seq_len,
     }
     for n in cfg.num_workers:
-        values[f"frames_per_s_{n}_workers"] = frames_per_s(source, cfg, n)
+        for k in cfg.windows_per_clip:
+            values[f"frames_per_s_{n}_workers_{k}_windows"] = frames_per_s(source, cfg, n, k)
     show(
         f"dataloader {cfg.data_dir}, batch {cfg.batch_size} x {cfg.seq_len} (floor: decompression alone)",
         values,

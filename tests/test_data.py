@@ -82,6 +82,23 @@ def test_batches_depend_on_the_index_alone(dataset):
     assert np.any(other[0].frames_BTHWC != straight[0].frames_BTHWC)
 
 
+def test_several_windows_of_a_clip_cost_one_reading(dataset, monkeypatch):
+    source, asked = ClipSource(dataset, "train", 6), []
+    clip_of = {clip.frames_THWC[t].tobytes(): i for i, clip in enumerate(source.clips(range(24))) for t in range(6)}
+    take_in = source.records
+    monkeypatch.setattr(source, "records", lambda indices: asked.append(len(indices)) or take_in(indices))
+    stream = take(batches(source, 4, seed=5, windows_per_clip=2), 12)
+    assert max(asked) == 2
+    for batch in stream:
+        clips = [clip_of.get(window[0].tobytes()) for window in batch.frames_BTHWC]
+        assert None not in (clips[0], clips[2])  # of two windows the first begins in the earlier half of the places
+        assert clips[0] != clips[2]
+    assert_same(take(batches(source, 4, seed=5, start=7, windows_per_clip=2), 5), stream[7:])
+    parts = [take(batches(source, 4, seed=5, rows=rows, windows_per_clip=2), 3) for rows in ([0, 1, 2], [3])]
+    joined = [jax.tree.map(lambda *x: np.concatenate(x), *both) for both in zip(*parts, strict=True)]
+    assert_same(joined, stream[:3])
+
+
 def test_batches_of_one_clip_are_the_same_clips(dataset):
     source = ClipSource(dataset, "train", 6)
     singles, fours = take(batches(source, 1, seed=5), 8), take(batches(source, 4, seed=5), 2)

@@ -41,7 +41,8 @@ from utils.records import Metadata, write_metadata, write_shard
 from utils.sharding import make_mesh
 from utils.state import TrainState, apply_gradients
 from utils.step import compile_step
-from utils.train import TrainConfig, Validation, read
+from utils.train import TrainConfig
+from utils.validation import Validation, read
 from utils.video import label
 
 
@@ -557,7 +558,7 @@ def test_a_validation_looks_at_the_moving_average_and_at_the_same_batches(datase
     validate = Validation(cfg, mesh, evaluate, source)
     metrics, picture = validate(state)
     assert metrics["val_kernel"] == pytest.approx(float(jnp.mean(state.params["kernel"][...])) + 7)
-    stream = read(cfg, mesh, source, cfg.seed + 1, 0, 0)
+    stream = read(dataclasses.replace(cfg, seed=cfg.seed + 1), mesh, source, 0)
     clips = [np.asarray(next(stream).frames_BTHWC) for _ in range(3)]
     assert metrics["val_frames"] == pytest.approx(np.mean(clips) / 255, rel=1e-5)
     assert any(np.array_equal(picture[:16, :16], frame) for frame in clips[0][0])

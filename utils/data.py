@@ -177,7 +177,9 @@ class ClipSource:
 
     def windows(self, indices: Sequence[int], positions: Sequence[float]) -> Batch:
         """Reads a batch: from each clip `seq_len` frames, from the place that `positions` (in [0, 1)) names."""
-        clips = self.clips(indices)
+        read, of = np.unique(np.asarray(indices), return_inverse=True)  # a clip that comes twice is read once
+        once = self.clips(read.tolist())
+        clips = [once[i] for i in of]
         if self.metadata.tokens:
             return self._tokens(clips)
         frames = np.empty((len(clips), self.seq_len, *self.metadata.frame_shape), np.uint8)
@@ -194,7 +196,7 @@ class ClipSource:
                 )
             start = max(min(int(position * self._places(len(clip))), len(clip) - self.seq_len), 0)
             starts.append(start)
-            frames[i] = filled(clip.frames_THWC[start : start + self.seq_len], self.seq_len)  # type: ignore[index]
+            frames[i] = filled(clip.frames_THWC[start : start + self.seq_len], self.seq_len)
             if actions is not None:
                 if clip.actions_T is None or clip.actions_T.shape[1:] != self.metadata.action_shape:
                     held = "no actions" if clip.actions_T is None else "actions unlike those of the metadata"
@@ -269,6 +271,7 @@ def batches(
     start: int = 0,
     num_workers: int = 0,
     rows: Sequence[int] | np.ndarray | None = None,
+    windows_per_clip: int = 1,
 ) -> Iterator[Batch]:
     """An endless stream of the global batches `start`, `start + 1`, ..., or of this process's share of them.
 
@@ -279,17 +282,20 @@ def batches(
       batch_size: Clips in a global batch.
       num_workers: Worker processes that read ahead; 0 reads in threads of this process.
       rows: Which clips of each global batch to read; by default all.
+      windows_per_clip: Windows of a batch, one after another, that are cut from the same clip, each from a part of its
+        own of the places.
     """
     import absl.flags
     import grain
 
-    places = source.order(seed).random_map(lambda index, rng: (index, rng.random()))
+    K = windows_per_clip
+    cut = lambda index, rng: (np.full(K, index), (np.arange(K) + rng.random(K)) / K)
+    places = source.order(seed).random_map(cut)
     mine = np.arange(batch_size) if rows is None else np.asarray(rows)
     # An end, for without one grain's batches of one clip would be more than Python can count.
-    whole = places[start * batch_size : 2**62].batch(batch_size)
-    dataset = whole.map(lambda place: source.windows(place[0][mine], place[1][mine])).to_iter_dataset(
-        grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    )
+    whole = places[start * batch_size // K : 2**62].batch(batch_size // K)
+    own = lambda place: source.windows(place[0].reshape(-1)[mine], place[1].reshape(-1)[mine])
+    dataset = whole.map(own).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     if num_workers:
         check_shared_memory(source, len(mine), num_workers)
         absl.flags.FLAGS.mark_as_parsed()  # grain's workers read flags, and no one else parses them here

@@ -1,7 +1,7 @@
 """The clockwork of a training: restore, step, log, evaluate, save."""
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -10,36 +10,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import Mesh
 
 from models.errors import DivergenceError, InputError
 from models.nn import Compute
 from models.stored import checkpoint_steps
 from utils.checkpoint import CheckpointConfig, Checkpoints, take_folder, write_config
 from utils.cli import DEFAULT_CACHE, set_up_jax
-from utils.data import Batch, Source, batches
+from utils.data import Source
 from utils.init_from import begin_with
 from utils.logging import Console, Files, TensorBoard, Wandb, Writer, Writers, check_wandb
-from utils.metrics import precision_metrics
 from utils.optim import OptimConfig, make_optimizer, phases, raised_rate
 from utils.progress import Profiler, Reporter, Speed, Waiting
 from utils.settle import settled
 from utils.sharding import (
-    batch_sharding,
     make_mesh,
-    own_rows,
     spread,
     start_distributed,
     state_sharding,
-    to_device,
     whole_here,
 )
 from utils.signals import StopOnSignal
 from utils.state import TrainState
 from utils.step import Build, TrainStep, fitting_step
-from utils.video import strip
+from utils.validation import Evaluate, Validation, read
 
-Evaluate = Callable[[Any, Batch, jax.Array], tuple[dict[str, jax.Array], jax.Array]]
 Config = TypeVar("Config")
 
 
@@ -71,6 +66,9 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
     pad_short: bool = False
     """Let clips shorter than --seq_len join, filled up with frames that count nothing; a tokenizer takes single
     pictures too. Validations take whole clips."""
+    windows_per_clip: int = 1
+    """Windows of --seq_len frames that are cut from each clip that is read, for the same batch: reading costs as much
+    less. With 2, both halves of a clip of twice as many frames are used."""
     grad_accum: int = 1
     """Parts into which a batch is cut to save memory; the result is the same to rounding, but for a LAM, which centres
     its latents on each part."""
@@ -116,7 +114,8 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
     """Folder of compiled programs, for quick restarts; empty for none."""
 
     def __post_init__(self):
-        for name in ("num_steps", "batch_size", "grad_accum", "log_interval", "val_interval", "checkpoint_interval"):
+        counts = "num_steps", "batch_size", "windows_per_clip", "grad_accum"
+        for name in (*counts, "log_interval", "val_interval", "checkpoint_interval"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}` {getattr(self, name)}: must be at least 1")
         if self.seq_len < 2:
@@ -124,8 +123,9 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
         if self.batch_per_device < 0:
             raise InputError(f"`batch_per_device` {self.batch_per_device}: must not be negative")
         name = "batch_per_device" if self.batch_per_device else "batch_size"
-        if getattr(self, name) % self.grad_accum:
-            raise InputError(f"`grad_accum` {self.grad_accum}: must divide `{name}` {getattr(self, name)}")
+        for part in ("grad_accum", "windows_per_clip"):
+            if getattr(self, name) % getattr(self, part):
+                raise InputError(f"`{part}` {getattr(self, part)}: must divide `{name}` {getattr(self, name)}")
 
     @property
     def compute(self) -> Compute:
@@ -189,7 +189,7 @@ def fit(
         if first_step >= cfg.num_steps:
             return
 
-        stream = stack.enter_context(closing(read(cfg, mesh, train, cfg.seed, first_step, cfg.num_workers)))
+        stream = stack.enter_context(closing(read(cfg, mesh, train, first_step)))
         batch = next(stream)
         state, step_fn, compiled_in = fitting_step(cfg, mesh, train_step, state, batch, build)
         if is_main:
@@ -252,57 +252,6 @@ def restore_or_make(
     # Nothing has been trained yet: a moving average starts from what is there.
     ema = None if state.ema is None else jax.tree.map(jnp.copy, state.averaged(params, rest))
     return spread(dataclasses.replace(state, params=params, rest=rest, ema=ema), shardings), 0
-
-
-def read(
-    cfg: TrainConfig, mesh: Mesh, source: Source, seed: int, first: int, num_workers: int
-) -> Generator[Batch, None, None]:
-    """Batches from number `first` on, on the devices of the mesh."""
-    sharding = batch_sharding(mesh)
-    rows = own_rows(sharding, cfg.batch_size)
-    stream = batches(source, cfg.batch_size, seed, start=first, num_workers=num_workers, rows=rows)
-    return to_device(stream, sharding, rows, cfg.batch_size)
-
-
-class Validation:
-    """Evaluates a state on the same batches each time."""
-
-    def __init__(self, cfg: TrainConfig, mesh: Mesh, evaluate: Evaluate, source: Source):
-        self.cfg, self.mesh, self.source = cfg, mesh, source
-        root = jax.random.key(cfg.seed)
-
-        def on_mesh(state: TrainState, batch: Batch, i: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-            with use_abstract_mesh(mesh.abstract_mesh):
-                return evaluate(state.best_model(), batch, jax.random.fold_in(root, i))
-
-        self.evaluate = jax.jit(
-            on_mesh,
-            out_shardings=NamedSharding(mesh, PartitionSpec()),  # whole in every process, to be looked at
-        )
-
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], np.ndarray]:
-        """Means of the metrics as `val_<name>`, and a picture of the first batch, uint8 (H, W, C).
-
-        Of a metric (B, T, 2), scores and what they were to find, all batches together give the average precision.
-        """
-        sums: dict[str, float] = {}
-        ranked: dict[str, list[np.ndarray]] = {}
-        stream = read(self.cfg, self.mesh, self.source, self.cfg.seed + 1, 0, 0)
-        for i in range(self.cfg.val_batches):
-            metrics, videos = self.evaluate(state, next(stream), np.int32(i))
-            for name, value in metrics.items():
-                if value.ndim:
-                    ranked.setdefault(f"val_{name}", []).append(np.asarray(value))
-                    continue
-                sums[f"val_{name}"] = sums.get(f"val_{name}", 0.0) + float(value) / self.cfg.val_batches
-            if i == 0:
-                picture = strip(np.asarray(jax.device_get(videos) * 255 + 0.5).clip(0, 255).astype(np.uint8))
-        for name, parts in ranked.items():
-            sums |= precision_metrics(name, np.concatenate(parts))
-        best = self.cfg.keep_best
-        if best and best not in sums:
-            raise InputError(f"`keep_best` {best}: a validation gives {', '.join(sums)}")
-        return sums, picture
 
 
 @contextmanager
