@@ -90,7 +90,9 @@ TINY = Config(
 PRESETS = {
     "coinrun": Config(),
     "moving": Config(
-        model=DynamicsConfig(rotary_space=True, sees_picture=True, picture_noise=0.05, picture_blur=0.5),
+        model=DynamicsConfig(
+            rotary_space=True, action_token="add", sees_picture=True, picture_noise=0.05, picture_blur=0.5
+        ),
         lam=LAMConfig(rotary_space=True, num_codes=8, motion_reach=6),
         sampling=SamplingConfig(steps=2, temperature=0.0),
     ),

@@ -270,8 +270,9 @@ class STTransformer(nnx.Module):
 
         # On a CPU the scan's copying of what the backward pass needs takes a sixth of a step; with activation
         # checkpointing there is little to copy, and unrolled blocks would be merged with their recomputation. Sampling,
-        # which keeps keys and values, has no backward pass, and compiles sooner if scanned.
-        unroll = not keep and self.compute.remat == "none" and self.compute.target == "cpu"
+        # which keeps keys and values, has no backward pass, and compiles sooner if scanned; on a GPU a scan in the loop
+        # of its steps cuts each block's weights out and casts them anew, a launch each.
+        unroll = self.compute.target == "gpu" if keep else self.compute.remat == "none" and self.compute.target == "cpu"
         layers = (stacked, past and past.time, past and past.space)
         x_BTNM = x_BTNM.astype(jnp.dtype(self.compute.dtype))
         x_BTNM, (time, space) = jax.lax.scan(remat(body, self.compute.remat), x_BTNM, layers, unroll=unroll)
