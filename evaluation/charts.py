@@ -49,8 +49,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Lines over one axis; `log_x` spaces x by its logarithm, `dots` says that each line is a single point of its own
-    x, which need not be whole."""
+    """Lines over one axis; `log_x` spaces x by its logarithm, `dots` shows the points, whose x need not be whole."""
 
     title: str
     x_label: str
@@ -92,7 +91,7 @@ def chart_svg(chart: Chart) -> str:
             known = [(x, y) for x, y in zip(line.x, line.mean, strict=True) if y is not None]
             if not known:
                 continue
-            dot = "o" if len(known) == 1 else ""
+            dot = "o" if chart.dots or len(known) == 1 else ""
             axes.plot(*zip(*known, strict=True), color=colour, linewidth=1.6, marker=dot, label=line.name)
         axes.set_xlabel(chart.x_label)
         axes.grid(axis="y")

@@ -253,4 +253,6 @@ def _sampling(metrics: Metrics, _: Pictures) -> Section | None:
     for key, title in figures.items():
         lines = [Line(way, [row["steps"] for row in of], [row[key] for row in of]) for way, of in ways.items()]
         blocks.append(Chart(title, "steps per frame", lines, log_x=True))
+    front = [Line(way, [row["sharpness"] for row in of], [row["psnr"] for row in of]) for way, of in ways.items()]
+    blocks.append(Chart(f"{figures['psnr']}, against sharpness", figures["sharpness"], front, dots=True))
     return Section("Ways of sampling", "The same clips from their first frame on, all frames after it.", blocks)

@@ -97,6 +97,11 @@ def _table(results: Mapping[str, Result], joint: Mapping[str, Metrics]) -> Secti
     for key in ("margin", "last_sharpness"):
         points = [Line(name, [results[name].frame_ms], [joint[name][key]]) for name in results]
         blocks.append(Chart(f"{WORLDS[key].title}, against time", "milliseconds a frame", points, dots=True))
+    known = {name: of for name, of in joint.items() if of["last_sharpness"] is not None}
+    front = [Line(name, [of["last_sharpness"]], [of["margin"]]) for name, of in known.items()]
+    blocks.append(
+        Chart(f"{WORLDS['margin'].title}, against sharpness", WORLDS["last_sharpness"].title, front, dots=True)
+    )
     first = next(iter(results.values()))
     clips, size, device = first.metrics["rollout_clips"], first.speed["batch_size"], first.speed["device"]
     text = (
