@@ -32,6 +32,7 @@ from utils.data import ClipSource
 from utils.video import strip
 
 SHOWN_CLIPS = 4  # in a picture
+LONG_ROLLOUTS = 16  # at least, where so many clips are rolled out: what becomes of four is a matter of luck
 LARGEST_I3D_BATCH = 16  # clips: their frames are enlarged to 224 × 224
 
 
@@ -188,7 +189,8 @@ def measure_world(
     """
     plan, everything = bench.plan, bench.pool.frames_BTHWC
     n, num_actions = plan.rollout_clips, play.num_actions
-    pressed = strung_actions(actions, min(n, plan.batch_size), plan.long_frames, plan.seed + 1)
+    num_long = min(n, max(plan.batch_size, LONG_ROLLOUTS))
+    pressed = strung_actions(actions, num_long, plan.long_frames, plan.seed + 1)
     truth, actions, levels = everything[:n], actions[:n], bench.levels[:n]
 
     played = play_on(play, truth, actions)
@@ -209,7 +211,7 @@ def measure_world(
     sets = rollouts[:m], truth[:m], everything[others]
     measured |= measure_distribution(*sets, load_i3d(), bench.lpips, size, (levels[:m], bench.pool.levels_B[others]))
 
-    prompts = truth[: plan.batch_size, :1]
+    prompts = truth[:num_long, :1]
     video = np.concatenate([prompts, play(prompts, pressed)], axis=1)
     measured |= measure_stability(video, everything, levels[: len(prompts)], bench.pool.levels_B)
     return measured | Measured(details={"long_frames": plan.long_frames})
