@@ -106,13 +106,14 @@ PRESETS = {
     ),
     "small": dataclasses.replace(
         TINY,
-        model=dataclasses.replace(TINY.model, num_blocks=4, picture_noise=0.1, picture_blur=0.0),
+        model=dataclasses.replace(TINY.model, num_blocks=4),
         sampling=SamplingConfig(steps=1, temperature=0.5),
         batch_size=4,
-        optimizer="adamw",
-        learning_rate=2e-3,
-        num_steps=9500,
+        learning_rate=3e-3,
+        num_steps=13_500,
         decay_steps=4000,
+        val_interval=1000,
+        checkpoint_interval=500,
     ),
     "bench": Config(
         model=DynamicsConfig(width=128, num_heads=4, num_blocks=6),

@@ -65,10 +65,9 @@ PRESETS = {
     "small": dataclasses.replace(
         TINY,
         model=dataclasses.replace(TINY.model, unquantized_steps=400),
-        optimizer="adamw",
-        learning_rate=1.5e-3,
-        num_steps=2500,
-        decay_steps=1250,
+        learning_rate=3e-3,
+        num_steps=2000,
+        decay_steps=1200,
         val_interval=1000,
         checkpoint_interval=500,
     ),

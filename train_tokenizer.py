@@ -83,13 +83,10 @@ PRESETS = {
     "tiny": TINY,
     "small": dataclasses.replace(
         TINY,
-        model=dataclasses.replace(
-            TINY.model, unquantized_steps=400, closed_loop=False, picture_blur=0.0, picture_noise=0.0
-        ),
-        optimizer="adamw",
-        learning_rate=1.5e-3,
-        num_steps=6000,
-        decay_steps=4000,
+        model=dataclasses.replace(TINY.model, unquantized_steps=400),
+        learning_rate=3e-3,
+        num_steps=4000,
+        decay_steps=2500,
         val_interval=1000,
         checkpoint_interval=500,
     ),
