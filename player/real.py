@@ -74,7 +74,8 @@ class RealGame:
         await asyncio.Event().wait()
 
     def _look(self, levels_P: list[int]) -> Prompts:
-        frames, began = [], time.monotonic()
+        began = time.monotonic()
+        frames: list[np.ndarray] = []
         for level in levels_P:
             if frames and time.monotonic() > began + PATIENCE_S:
                 break
