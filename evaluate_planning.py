@@ -22,14 +22,12 @@ from evaluation.table import figure_text, markdown_table
 from models.errors import InputError
 from models.genie import World, load_world, stored_sampling
 from models.sampling import SamplingFlags
-from sources.environment import RecordingOptions, options_of
 from sources.once import Player, Scripted, play
 from sources.policies import choose_actions
 from sources.procgen import Procgen
-from sources.registry import find_environment
+from sources.registry import open_game
 from utils.checkpoint import data_of, output_of
 from utils.cli import DEFAULT_CACHE, run, set_up_jax
-from utils.records import read_metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +68,6 @@ class Config(SamplingFlags):
             raise InputError(f"`lengths` {self.lengths}: must be numbers of at least 1")
 
 
-def open_game(data_dir: str) -> tuple[Procgen, RecordingOptions]:
-    """The game that a dataset was recorded from, and its options.
-
-    Raises:
-      InputError: It was not recorded from a game of Procgen.
-    """
-    metadata = read_metadata(data_dir)
-    options = options_of(metadata.made_by)
-    game = None if options is None else find_environment(metadata.environment, options)
-    if options is None or not isinstance(game, Procgen):
-        raise InputError(f"`data_dir` {data_dir}: not recorded from a game of Procgen, so there is none to be played")
-    return game, options
-
-
 def world_actions(cfg: Config, world: World, game: Procgen) -> tuple[np.ndarray, Sequence[float]]:
     """For each of the world's actions the game's that it stands for, and how often plans choose it, by comparison."""
     if world.lam is None:
@@ -99,7 +83,10 @@ def main(cfg: Config) -> None:
         raise InputError(
             f"`checkpoint` {cfg.checkpoint}: has no heads; train it with train_dynamics.py --heads reward,end"
         )
-    game, options = open_game(cfg.data_dir or data_of(cfg.checkpoint))
+    data_dir = cfg.data_dir or data_of(cfg.checkpoint)
+    game, options = open_game(data_dir)
+    if not isinstance(game, Procgen):
+        raise InputError(f"`data_dir` {data_dir}: recorded from {game.name}; plans are played in games of Procgen")
     true_A, weights_A = world_actions(cfg, world, game)
     propose = lambda rng, num, steps: choose_actions("sticky", weights_A, rng, num, steps)
     planner: dict[str, Any] = {"propose": propose, "held": cfg.held, "num_plans": cfg.num_plans, "true_A": true_A}

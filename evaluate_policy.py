@@ -21,10 +21,10 @@ from evaluation.playing import MAPS, ORACLE, PLANNER, Clone, described, measured
 from models.errors import InputError
 from models.genie import load_agent, read_config
 from models.policy import Agent
-from sources.environment import Environment, RecordingOptions, options_of
+from sources.environment import Environment, RecordingOptions
 from sources.once import Played, Player, play, scripted
 from sources.procgen import PlanningPlayer, Procgen
-from sources.registry import find_environment
+from sources.registry import open_game
 from utils.checkpoint import data_of
 from utils.cli import DEFAULT_CACHE, run, set_up_jax
 from utils.data import ClipSource
@@ -93,21 +93,6 @@ class Table:
         return played
 
 
-def open_game(cfg: Config, source: ClipSource) -> tuple[Environment, RecordingOptions]:
-    """The game that the dataset was recorded from, and its options.
-
-    Raises:
-      InputError: It was recorded elsewhere, or has no discrete actions.
-    """
-    options = options_of(source.metadata.made_by)
-    if options is None or not source.metadata.num_actions:
-        raise InputError(
-            f"`data_dir` {source.folder}: not recorded by generate_dataset.py from a game with discrete actions, so "
-            "there is none to be played; name one that is"
-        )
-    return find_environment(source.metadata.environment, options), options
-
-
 def action_shares(source: ClipSource, seed: int, num_clips: int = 256) -> np.ndarray:
     """How often each action is done in the dataset."""
     rng = np.random.default_rng(seed)
@@ -157,7 +142,9 @@ def main(cfg: Config) -> None:
     source = ClipSource(
         cfg.data_dir or data_of(cfg.checkpoint), "train", read_config(cfg.checkpoint)["train"]["seq_len"]
     )
-    game, options = open_game(cfg, source)
+    if not source.metadata.num_actions:
+        raise InputError(f"`data_dir` {source.folder}: has no discrete actions, which policies choose among")
+    game, options = open_game(source.folder)
     table = Table(cfg, game, options, source.metadata.num_actions)
     found = play_all(cfg, table, agent, source)
     levels_N = game.levels(options, cfg.split, cfg.num_levels, cfg.seed).levels_N

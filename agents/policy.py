@@ -14,10 +14,10 @@ ROWS = 64  # levels for which a policy chooses at once
 
 
 class Chooser:
-    """An agent's policy, compiled once, for any number of players."""
+    """An agent's policy, compiled once, for any number of players, of whom it serves `rows` at once."""
 
-    def __init__(self, agent: Agent):
-        self.context = agent.cfg.policy.context
+    def __init__(self, agent: Agent, rows: int = ROWS):
+        self.context, self._rows = agent.cfg.policy.context, rows
         graphdef, self._variables = nnx.split(agent)
 
         @jax.jit
@@ -29,7 +29,7 @@ class Chooser:
 
     def __call__(self, frames_NSHWC: np.ndarray) -> tuple[np.ndarray, ...]:
         """From windows of `context` frames, uint8, to logits (N, A) and hidden states (N, M)."""
-        return in_rows(lambda rows: self._choose(self._variables, rows), frames_NSHWC)
+        return in_rows(lambda frames: self._choose(self._variables, frames), frames_NSHWC, self._rows)
 
 
 class PolicyPlayer:
@@ -50,16 +50,21 @@ class PolicyPlayer:
         self._seen_NSHWC: np.ndarray | None = None
         self._before_N = np.zeros(0, np.int32)
 
-    def act(self, frames_NHWC: np.ndarray, playing_N: np.ndarray) -> np.ndarray:
-        """Actions (N,) int32."""
+    def see(self, frames_NHWC: np.ndarray) -> np.ndarray:
+        """Takes note of what is seen, by itself where somebody else acts: the last frames (N, S, H, W, C)."""
         if self._seen_NSHWC is None:  # what was before the first frame counts as that frame
             self._seen_NSHWC = np.repeat(frames_NHWC[:, None], self._choose.context, axis=1)
             self._before_N = np.full(len(frames_NHWC), -1, np.int32)
         else:
             self._seen_NSHWC = np.concatenate([self._seen_NSHWC[:, 1:], frames_NHWC[:, None]], axis=1)
+        return self._seen_NSHWC
+
+    def act(self, frames_NHWC: np.ndarray, playing_N: np.ndarray) -> np.ndarray:
+        """Actions (N,) int32."""
+        seen_NSHWC = self.see(frames_NHWC)
         die_N = self._rng.random(len(frames_NHWC))
         playing = np.flatnonzero(playing_N)
-        logits_NA, hidden_NM = self._choose(self._seen_NSHWC[playing])
+        logits_NA, hidden_NM = self._choose(seen_NSHWC[playing])
         if self._map is None:
             shares_NA = shares(logits_NA)
         else:
@@ -76,12 +81,12 @@ class PolicyPlayer:
         return actions_N
 
 
-def in_rows(fn: Any, frames_NX: np.ndarray) -> tuple[np.ndarray, ...]:
-    """`fn` on `ROWS` rows at a time, the last ones filled up: one shape means one compilation."""
+def in_rows(fn: Any, frames_NX: np.ndarray, at_once: int) -> tuple[np.ndarray, ...]:
+    """`fn` on `at_once` rows at a time, the last ones filled up: one shape means one compilation."""
     parts = []
-    for start in range(0, len(frames_NX), ROWS):
-        rows = frames_NX[start : start + ROWS]
-        filled = np.concatenate([rows, np.repeat(rows[:1], ROWS - len(rows), axis=0)])
+    for start in range(0, len(frames_NX), at_once):
+        rows = frames_NX[start : start + at_once]
+        filled = np.concatenate([rows, np.repeat(rows[:1], at_once - len(rows), axis=0)])
         parts.append([np.asarray(x)[: len(rows)] for x in fn(filled)])
     return tuple(np.concatenate(xs) for xs in zip(*parts, strict=True))
 

@@ -16,6 +16,7 @@ from models.heads import Judged
 from models.sampling import SamplingConfig, next_frame, start_rollout
 from utils.checkpoint import output_of
 from utils.data import ClipSource
+from utils.records import Metadata
 
 MOST_PROMPTS = 256
 
@@ -100,6 +101,27 @@ def real_actions(checkpoint: str, num_actions: int) -> dict[str, int]:
     labels = read_labels(checkpoint, num_actions)
     surest = {labels[i].true: i for i in sorted(range(num_actions), key=lambda i: labels[i].share) if labels[i].true}
     return dict(sorted(surest.items()))
+
+
+def surest_actions(checkpoint: str, world: World, metadata: Metadata | None) -> dict[str, int]:
+    """For the true actions of a game, by name, the one of a world that does each most surely, where one does.
+
+    Args:
+      metadata: Of the game's dataset; None where that is not there.
+    Raises:
+      InputError: Nothing is known of the game's actions, or of what the world's do.
+    """
+    if metadata is None or metadata.action_names is None:
+        raise InputError(f"`checkpoint` {checkpoint}: no dataset tells the true actions of its game (`data_dir`)")
+    names, num_actions = metadata.action_names, world.num_actions
+    if world.lam is not None:
+        known = real_actions(checkpoint, num_actions)
+    elif num_actions == len(names):
+        known = {name: action for action, name in enumerate(names)}
+    else:
+        raise InputError(f"`checkpoint` {checkpoint}: takes {num_actions} true actions, the game has {len(names)}")
+    merged = {name: metadata.same_actions.get(name, name) for name in names}
+    return {name: known[like if like in known else name] for name, like in merged.items() if {name, like} & {*known}}
 
 
 class Worlds:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,9 +82,15 @@ def idle_action(actions: list[Action], idle: str | None = None) -> int:
     return max(range(len(actions)), key=lambda i: (*still[i], actions[i].count))
 
 
-def _way(action: Action) -> str:
+def _way(name: str) -> str:
     """The name without speed and number."""
-    return re.sub(r"(, (SLOW|FAST)| \d+)$", "", action.name.upper())
+    return re.sub(r"(, (SLOW|FAST)| \d+)$", "", name.upper())
+
+
+def _similar(name: str, theirs: Sequence[Action]) -> list[int]:
+    """Those of the same name; else of the same direction at any speed. None have no name."""
+    same = [i for i, other in enumerate(theirs) if name and other.name.upper() == name.upper()]
+    return same or [i for i, other in enumerate(theirs) if name and _way(other.name) == _way(name)]
 
 
 def matching_actions(ours: list[Action], theirs: list[Action], idle: str | None = None) -> list[int]:
@@ -96,10 +102,32 @@ def matching_actions(ours: list[Action], theirs: list[Action], idle: str | None 
     """
     found = []
     for i, action in enumerate(ours):
-        same = [j for j, other in enumerate(theirs) if action.name and other.name.upper() == action.name.upper()]
-        same = same or [j for j, other in enumerate(theirs) if action.name and _way(other) == _way(action)]
+        same = _similar(action.name, theirs)
         if i in same or (not same and i < len(theirs)):
             found.append(i)
         else:
             found.append(max(same, key=lambda j: theirs[j].count) if same else idle_action(theirs, idle))
     return found
+
+
+def actions_doing(
+    names: Sequence[str], theirs: list[Action], surest: Mapping[str, int], idle: str | None = None
+) -> list[int]:
+    """For each true action of a game that action of a world which does it.
+
+    Args:
+      surest: Which one does it most surely, as far as that was measured. Of the others the most frequent one that moves
+        as they are called, else the one that does nothing, stands for an action.
+    """
+    found = []
+    for name in names:
+        similar = _similar(name, theirs)
+        moving = max(similar, key=lambda i: theirs[i].count) if similar else idle_action(theirs, idle)
+        found.append(surest.get(name, moving))
+    return found
+
+
+def true_actions(ours: list[Action], names: Sequence[str], idle: str | None = None) -> list[int]:
+    """For each action of a world that of a game, by number, which it mostly does; where that is unknown, nothing."""
+    still = idle_action([Action(name) for name in names], idle)
+    return [names.index(action.true) if action.true in names else still for action in ours]

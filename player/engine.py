@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +14,11 @@ from flax import nnx
 from models.actions import no_actions
 from models.genie import World
 from models.sampling import SamplingConfig, next_frame, start_rollout
-
-
-class Request(NamedTuple):
-    """The next frame of one rollout: after `state` (of batch size 1), by `action`, with the randomness of `seed`.
-
-    action, seed: Integers, int32 scalars on the device; where an action has columns, it is a row of float32.
-    """
-
-    state: Any
-    action: Any
-    seed: Any
-    cfg: SamplingConfig
+from player.screen import Request
 
 
 class Engine:
-    """A world on the device, and the queue in front of it.
+    """A world on the device, and the queue in front of it (`Screen`).
 
     Requests of several players are computed together, `width` of them in one call. There is one program for any
     number of them up to `width`, any steps and any temperature: nothing compiles after `warm_up`. What it computes
@@ -72,11 +61,16 @@ class Engine:
 
     def warm_up(self, cfg: SamplingConfig) -> None:
         """Compiles everything."""
-        blank = np.zeros(self.cfg.frame_shape, np.uint8)
+        blank = np.zeros(self.frame_shape, np.uint8)
         self._compute([Request(self._start(self._variables, blank), np.zeros_like(self._no_action), 0, cfg)])
 
-    async def start(self, frame_HWC: np.ndarray) -> Any:
-        """The state after one prompt frame, uint8 and of the world's shape."""
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.cfg.frame_shape
+
+    async def start(self, frame_HWC: np.ndarray, level: int | None = None) -> Any:
+        """The state after one prompt frame, uint8 and of the world's shape, of whatever level."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._start, self._variables, frame_HWC)
 
@@ -85,6 +79,10 @@ class Engine:
         future = asyncio.get_running_loop().create_future()
         self._queue.put_nowait((request, future))
         return await future
+
+    def end(self, state: Any) -> str:
+        """Nothing: a rollout goes on for ever."""
+        return ""
 
     async def serve(self) -> None:
         """Answers requests until it is cancelled."""

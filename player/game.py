@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,11 +15,11 @@ from aiohttp import ClientError, WSCloseCode, WSMsgType, web
 
 from models.errors import InputError
 from models.sampling import SamplingConfig
-from player.actions import Action, idle_action, matching_actions, spoken
-from player.controls import Controls, parse_hands
-from player.engine import Engine, Request
+from player.acting import Acting, Actors
 from player.pictures import decode_picture, fit_picture
+from player.real import RealGame
 from player.recording import Moment, encode_recording
+from player.screen import Prompts, Request, Screen
 from utils.data import ClipSource
 
 NUM_PROMPTS = 12
@@ -36,41 +36,41 @@ CLOSED = (ConnectionError, ClientError)
 class Game:
     """What the players share.
 
-    names, engines, actions: Of the worlds: how they are called, what computes them, what their actions do.
+    names, engines: Of the screens: how they are called, what draws them.
+    acting: What their actions do, and who may choose them.
     sampling: What the page starts with; `steps` and `temperature` are then each player's own.
     source: Clips to take the first frames from, or None; `message` then says what to do.
+    real: The real game, where it is among the screens: its levels then give the first frames.
     fps: Frames per second that the page aims at.
-    idle: Name of the action that does nothing, by the dataset's word; None if it has none.
-    controls: Where actions have columns, for each world what its buttons do to them; else None.
     """
 
     names: tuple[str, ...]
-    engines: list[Engine]
-    actions: list[list[Action]]
+    engines: Sequence[Screen]
+    acting: Acting
     sampling: SamplingConfig
     source: ClipSource | None
+    real: RealGame | None = None
     message: str = ""
     fps: float = 10.0
     seed: int = 0
     max_players: int = 4
-    idle: str | None = None
-    controls: list[Controls] | None = None
 
     def __post_init__(self):
-        self.shapes = [engine.cfg.frame_shape for engine in self.engines]
-        self.matching = [matching_actions(self.actions[0], actions, self.idle) for actions in self.actions]
+        self.shapes = [engine.frame_shape for engine in self.engines]
         self.max_recording = min(MAX_RECORDING[0], MAX_RECORDING[1] // sum(math.prod(shape) for shape in self.shapes))
         self.encoder = ThreadPoolExecutor(1, "encoder")
         self.players: set[Player] = set()
 
-    def prompts(self, seed: int) -> np.ndarray:
-        """Frames to start from, (P, H, W, 3) uint8; of clips spread over the dataset, drawn with `seed`."""
+    def prompts(self, seed: int) -> Prompts:
+        """Frames to start from, drawn with `seed`: of the real game's levels, else of clips spread over the dataset."""
+        if self.real:
+            return self.real.prompts(seed, NUM_PROMPTS)
         if self.source is None:
-            return np.zeros((0, *self.shapes[0]), np.uint8)
+            return Prompts(np.zeros((0, *self.shapes[0]), np.uint8))
         rng = np.random.default_rng(seed)
         count = min(NUM_PROMPTS, len(self.source))
         indices = rng.choice(len(self.source), count, replace=False)
-        return self.source.windows([int(i) for i in indices], list(rng.random(count))).frames_BTHWC[:, 0]
+        return Prompts(self.source.windows([int(i) for i in indices], list(rng.random(count))).frames_BTHWC[:, 0])
 
     async def welcome(self, request: web.Request) -> web.WebSocketResponse:
         """Handles a WebSocket: lets a player play, or says that there is no room."""
@@ -97,11 +97,13 @@ class Game:
 class Player:
     """One page. Messages either way are JSON texts with a `type`; those with pictures are binary (see `send`).
 
-    hello: Worlds, actions and settings; with the frames to start from.
+    hello: Screens (`worlds`), actions and settings; with the frames to start from.
     start (prompt, seed) → started: prompt is an index, -1 the uploaded picture, -2 what the last game started from;
-      with the first frame of each world.
-    step (action, steps, temperature) → frame: With the next frame of each world. Where actions have columns, `held`
-      lists other buttons that are down, and `mouse` says how far it moved, from -1 to 1 across and down.
+      with the first frame of each screen.
+    step (action, steps, temperature) → frame: With the next frame of each screen, and how each game ended, in `ends`.
+      Where there is a policy, `by` lists for each screen the one whose policy acts there, -1 for the player. Where
+      actions have columns, `held` lists other buttons that are down, and `mouse` says how far it moved, from -1 to 1
+      across and down.
     a binary message, a picture file → uploaded: With the picture, in the first world's shape.
     prompts (seed) → prompts: With other frames to start from.
     record (on) → recording; save (format: gif or mp4) → file: With the video.
@@ -113,9 +115,11 @@ class Player:
         self.inbox: dict[str, Any] = {}  # at most one message of each type: the latest
         self.changed = asyncio.Event()
         self.states: list[Any] = []
-        self.prompts = np.zeros((0, 1, 1, 3), np.uint8)
+        self.frames: list[np.ndarray] = []  # that are shown
+        self.actors = Actors(game.acting, game.seed)
+        self.prompts = Prompts(np.zeros((0, 1, 1, 3), np.uint8))
         self.picture: np.ndarray | None = None  # uploaded
-        self.first: np.ndarray | None = None  # what the game started from
+        self.first: tuple[np.ndarray, int | None] | None = None  # what the game started from, and its level
         self.seed = self.frame = 0
         self.recording: list[Moment] = []
         self.records = False
@@ -178,7 +182,7 @@ class Player:
         kinds: dict[str, list[tuple]] = {
             "start": [("prompt", int, -2, NUM_PROMPTS - 1), seed],
             "step": [
-                ("action", int, 0, len(self.game.actions[0]) - 1),
+                ("action", int, 0, self.game.acting.num_actions - 1),
                 ("steps", int, 1, MAX_STEPS),
                 ("temperature", float, 0.0, 10.0),
             ],
@@ -197,8 +201,8 @@ class Player:
             if type(value) is not of or (of is str and value not in (low, high)) or not low <= value <= high:
                 raise InputError(f"{kind} needs {name}, {of.__name__}, from {low} to {high}")
             fields[name] = value
-        if kind == "step" and self.game.controls:
-            fields |= parse_hands(message, len(self.game.actions[0]))
+        if kind == "step":
+            fields |= self.game.acting.parse(message)
         return kind, fields
 
     async def play(self) -> None:
@@ -236,31 +240,34 @@ class Player:
             await self.socket.close()  # ends `stay`
 
     async def hello(self) -> None:
-        game = self.game
+        game, acting = self.game, self.game.acting
         self.prompts = await asyncio.to_thread(game.prompts, game.seed)
         worlds = [
-            {"name": name, "shape": shape, "actions": [dataclasses.asdict(a) for a in actions], "matching": matching}
-            for name, shape, actions, matching in zip(game.names, game.shapes, game.actions, game.matching, strict=True)
+            {"name": name, "shape": shape, "actions": [dataclasses.asdict(action) for action in side.actions]}
+            for name, shape, side in zip(game.names, game.shapes, acting.sides, strict=True)
         ]
         header = {
             "type": "hello",
             "worlds": worlds,
-            "idle": idle_action(game.actions[0], game.idle),
+            "idle": acting.idle_action,
             "steps": game.sampling.steps,
             "temperature": game.sampling.temperature,
             "seed": game.seed,
             "fps": game.fps,
             "message": game.message,
             "max_recording": game.max_recording,
-            "combines": game.controls is not None,
-            "mouse": [c.columns[i].name for c in (game.controls or [])[:1] for i in c.mouse],
-            "prompts": self.prompts.shape,
+            "combines": acting.controls is not None,
+            "mouse": acting.mouse,
+            "policy": bool(acting.policies),
+            "levels": game.real is not None,
+            "prompts": self.prompts.frames_PHWC.shape,
         }
-        await self.send(header, self.prompts)
+        await self.send(header, self.prompts.frames_PHWC)
 
     async def show_prompts(self, message: dict[str, Any]) -> None:
         self.prompts = await asyncio.to_thread(self.game.prompts, message["seed"])
-        await self.send({"type": "prompts", "prompts": self.prompts.shape}, self.prompts)
+        frames_PHWC = self.prompts.frames_PHWC
+        await self.send({"type": "prompts", "prompts": frames_PHWC.shape}, frames_PHWC)
 
     async def upload(self, data: bytes) -> None:
         picture = await asyncio.to_thread(decode_picture, data)
@@ -270,50 +277,47 @@ class Player:
         await self.send({"type": "uploaded"}, fit_picture(self.picture, *self.game.shapes[0][:2]))
 
     async def start(self, message: dict[str, Any]) -> None:
-        index = message["prompt"]
-        if 0 <= index < len(self.prompts):
-            first = self.prompts[index]
+        index, (frames_PHWC, levels_P) = message["prompt"], self.prompts
+        if 0 <= index < len(frames_PHWC):
+            first = frames_PHWC[index], levels_P[index] if levels_P else None
+        elif index == -1 and self.picture is not None:
+            first = self.picture, None
+        elif index == -2 and self.first is not None:
+            first = self.first
         else:
-            first = {-1: self.picture, -2: self.first}.get(index)
-        if first is None:
             raise InputError("There is no such frame to start from.")
-        self.first = first
-        frames = [fit_picture(first, *shape[:2]) for shape in self.game.shapes]
+        frames = [fit_picture(first[0], *shape[:2]) for shape in self.game.shapes]
         pairs = zip(self.game.engines, frames, strict=True)
-        self.states = list(await asyncio.gather(*(engine.start(frame) for engine, frame in pairs)))
-        self.seed, self.frame = message["seed"], 0
+        self.states = list(await asyncio.gather(*(engine.start(frame, first[1]) for engine, frame in pairs)))
+        self.first, self.frames, self.seed, self.frame = first, frames, message["seed"], 0
+        self.actors = Actors(self.game.acting, self.seed)
         self.remember(frames, ["start"] * len(frames))
         await self.send({"type": "started", "frame": 0} | message, *frames)
 
     async def step(self, message: dict[str, Any]) -> None:
         if not self.states:
             raise InputError("Choose a frame to start from first.")
-        game, action = self.game, message["action"]
+        game = self.game
         sampling = dataclasses.replace(game.sampling, steps=message["steps"], temperature=message["temperature"])
-        actions = [matching[action] for matching in game.matching]
-        taken: list[Any] = actions
-        labels = [known[a].name or f"action {a}" for known, a in zip(game.actions, actions, strict=True)]
-        if game.controls:
-            pressed = [[matching[button] for button in (action, *message["held"])] for matching in game.matching]
-            taken = [c.row(held, message["mouse"]) for c, held in zip(game.controls, pressed, strict=True)]
-            labels = [spoken(row, c.columns) for c, row in zip(game.controls, taken, strict=True)]
         began = time.perf_counter()
-        asked = zip(game.engines, self.states, taken, strict=True)
+        acted = await asyncio.to_thread(self.actors.act, message, self.frames)
+        asked = zip(game.engines, self.states, acted.taken, strict=True)
         drawn = await asyncio.gather(*(e.step(Request(state, a, self.seed, sampling)) for e, state, a in asked))
-        frames, self.states = [frame for frame, _ in drawn], [state for _, state in drawn]
+        self.frames, self.states = [frame for frame, _ in drawn], [state for _, state in drawn]
         self.frame += 1
-        self.remember(frames, labels)
+        self.remember(self.frames, acted.labels)
         header = {
             "type": "frame",
             "frame": self.frame,
-            "actions": actions,
-            "labels": labels,
+            "actions": acted.actions,
+            "labels": acted.labels,
+            "ends": [engine.end(state) for engine, state in zip(game.engines, self.states, strict=True)],
             "ms": round(1000 * (time.perf_counter() - began), 1),
             "players": len(game.players),
             "recorded": len(self.recording),
             "recording": self.records,
         }
-        await self.send(header, *frames)
+        await self.send(header, *self.frames)
 
     def remember(self, frames: list[np.ndarray], labels: list[str]) -> None:
         """Adds to the recording, if there is one and it is not full."""

@@ -108,7 +108,7 @@ class Procgen(Environment):
     def play(self, options: RecordingOptions, split: str, num_envs: int, rng: np.random.Generator) -> Recording:
         B, T = num_envs, EPISODE_STEPS
         rand_seed = int(rng.integers(2**31 - 1))
-        env = self.make(options, split, B, rand_seed, render_mode="rgb_array" if self._larger else None)
+        env = self.make(options, split, B, rand_seed)
         if options.policy == "planner":
             planner = self.planner(options, split, B, rng)
             actions_BT = np.empty((B, T), np.int32)
@@ -124,7 +124,7 @@ class Procgen(Environment):
         _, observation, first_B = env.observe()
         levels_B = [info["level_seed"] for info in env.get_info()]
         for t in range(T):
-            frames_BTHWC[:, t] = self._pictures(env) if self._larger else observation["rgb"]
+            frames_BTHWC[:, t] = self.pictures(env, observation)
             first_BT[:, t] = first_B
             levels_BT[:, t] = levels_B
             if planner:
@@ -147,12 +147,13 @@ class Procgen(Environment):
 
     def levels(self, options: RecordingOptions, split: str, num: int, seed: int) -> "ProcgenLevels":
         """Of all levels of the split, be there fewer in a dataset: hardly one comes twice."""
-        return ProcgenLevels(self.make(dataclasses.replace(options, num_levels=MAX_LEVELS), split, num, seed))
+        return ProcgenLevels(self, self.make(dataclasses.replace(options, num_levels=MAX_LEVELS), split, num, seed))
 
     def planner(self, options: RecordingOptions, split: str, num_envs: int, rng: np.random.Generator) -> Planner:
         """Who plays so many environments by trying futures."""
+        unseen = Procgen(self.name)  # futures are not looked at, and small frames are drawn faster
         return Planner(
-            lambda num: self.make(options, split, num, rand_seed=0),
+            lambda num: unseen.make(options, split, num, rand_seed=0),
             *(num_envs, options.planner_rollouts, options.planner_explore, self._weights(options), rng),
         )
 
@@ -177,8 +178,13 @@ class Procgen(Environment):
         """Whether frames are larger than what agents are shown."""
         return self.frame_shape[0] > SIDE
 
-    def _pictures(self, env: Any) -> np.ndarray:
-        """What people are shown, each pixel the mean of those that it covers, uint8 (B, H, W, 3)."""
+    def pictures(self, env: Any, observation: Any) -> np.ndarray:
+        """What environments show, uint8 (B, H, W, 3).
+
+        Frames larger than what agents are shown are what people are, each pixel the mean of those that it covers.
+        """
+        if not self._larger:
+            return observation["rgb"]
         times = SHOWN_SIDE // self.frame_shape[0]
         return np.stack([np.asarray(Image.fromarray(info["rgb"]).reduce(times)) for info in env.get_info()])
 
@@ -193,9 +199,7 @@ class Procgen(Environment):
         t_T = np.arange(first_BT.shape[1])
         return t_T + 1 - np.maximum.accumulate(np.where(first_BT, t_T, 0), axis=1)
 
-    def make(
-        self, options: RecordingOptions, split: str, num: int, rand_seed: int, render_mode: str | None = None
-    ) -> Any:
+    def make(self, options: RecordingOptions, split: str, num: int, rand_seed: int) -> Any:
         """So many environments side by side; the same `rand_seed` gives the same levels."""
         return import_procgen().ProcgenGym3Env(
             num=num,
@@ -209,7 +213,7 @@ class Procgen(Environment):
             num_levels=options.num_levels,
             rand_seed=rand_seed,
             num_threads=0,
-            render_mode=render_mode,
+            render_mode="rgb_array" if self._larger else None,
         )
 
 
@@ -218,12 +222,12 @@ class ProcgenLevels:
 
     tells_solved = True
 
-    def __init__(self, env: Any):
-        self.env = env
+    def __init__(self, game: Procgen, env: Any):
+        self.env, self._game = env, game
         self.levels_N = np.array([info["level_seed"] for info in env.get_info()])
 
     def frames(self) -> np.ndarray:
-        return self.env.observe()[1]["rgb"]
+        return self._game.pictures(self.env, self.env.observe()[1])
 
     def step(self, actions_N: np.ndarray) -> Stepped:
         self.env.act(actions_N)
@@ -231,7 +235,7 @@ class ProcgenLevels:
         solved_N = np.zeros(len(over_N), bool)
         if over_N.any():
             solved_N = over_N & np.array([bool(info["prev_level_complete"]) for info in self.env.get_info()])
-        return Stepped(observation["rgb"], rewards_N, over_N, solved_N)
+        return Stepped(self._game.pictures(self.env, observation), rewards_N, over_N, solved_N)
 
     def close(self) -> None:
         self.env.close()

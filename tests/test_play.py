@@ -133,7 +133,7 @@ def test_a_batch_of_players_draws_what_each_would_alone(game, trained):
     """Two requests of three places, with different steps, temperatures, seeds and frames."""
     engine = Engine(load_world(trained["world"]), 3, ThreadPoolExecutor(1))
     alone = game.engines[0]
-    prompts = game.prompts(0)
+    prompts = game.prompts(0).frames_PHWC
 
     async def play():
         tasks = [asyncio.create_task(e.serve()) for e in (engine, alone)]
@@ -468,8 +468,8 @@ def test_a_start_takes_back_the_step_that_was_meant_for_the_game_before(game):
 
 
 def test_a_seed_chooses_the_frames_to_start_from(game):
-    np.testing.assert_array_equal(game.prompts(1), game.prompts(1))
-    assert np.any(game.prompts(1) != game.prompts(2))
+    np.testing.assert_array_equal(game.prompts(1).frames_PHWC, game.prompts(1).frames_PHWC)
+    assert np.any(game.prompts(1).frames_PHWC != game.prompts(2).frames_PHWC)
 
 
 def test_a_full_recording_ends_and_the_next_one_begins_anew(game, monkeypatch):

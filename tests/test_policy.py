@@ -25,6 +25,7 @@ from sources.levels import clips_of
 from sources.once import Played, Scripted, play
 from sources.procgen import PlanningPlayer, Procgen
 from sources.recording import record
+from sources.registry import open_game
 from tests.conftest import CACHE, make_dataset
 from utils.data import Batch, ClipSource
 from utils.records import read_metadata
@@ -273,7 +274,7 @@ def test_a_game_is_played_with_the_options_of_its_dataset(coinrun, dataset):
     assert options_of(read_metadata(coinrun).made_by) == OPTIONS
     assert options_of(read_metadata(f"{WORLD}/data").made_by).restrict_themes
     with pytest.raises(InputError, match=r"not recorded by generate_dataset.py"):
-        evaluate_policy.open_game(evaluate_policy.Config(), ClipSource(dataset, "val", 4))
+        open_game(dataset)
 
 
 def test_only_levels_that_were_solved_are_kept():

@@ -160,6 +160,10 @@ def test_larger_frames_show_the_same_game(tmp_path, monkeypatch):
     halved = large.frames_BTHWC.reshape(2, 40, 64, 2, 64, 2, 3).mean(axis=(3, 5))
     same, other = (np.abs(halved[:, i:] - small.frames_BTHWC[:, : 40 - i]).mean() for i in (0, 10))
     assert same < 0.5 * other
+    alone = [game.levels(o, "val", 1, 3) for game, o in zip(games, (plain, larger), strict=True)]
+    small, large = ([levels.frames().copy(), levels.step(np.array([7], np.int32)).frames_NHWC] for levels in alone)
+    for frame, larger_frame in zip(small, large, strict=True):
+        assert np.abs(larger_frame.reshape(1, 64, 2, 64, 2, 3).mean(axis=(2, 4)) - frame).mean() < 3
     assert {"height", "width"} <= games[1].options_of(larger).keys()
     assert not {"height", "width"} & games[0].options_of(plain).keys()
     for size in ({"height": 128}, {"height": 96, "width": 96}):
