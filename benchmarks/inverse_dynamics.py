@@ -38,6 +38,8 @@ class Config(Output):
     """Dataset with actions."""
     preset: Literal["tiny", "small"] = "tiny"
     """Of train_lam.py: the size, the steps, the rest of the recipe."""
+    num_steps: int = 0
+    """Steps of training; 0: the preset's."""
     num_clips: int = 256
     """Held-out clips to measure on, or all if there are fewer."""
     seed: int = 0
@@ -65,7 +67,8 @@ def main(cfg: Config) -> None:
     model_cfg = dataclasses.replace(preset.model, frame_shape=train.metadata.frame_shape)
     rngs = nnx.Rngs(cfg.seed)
     model = InverseDynamics(LAM(model_cfg, Compute(), rngs), len(names), rngs)
-    state = TrainState.create(model, nnx.Param, make_optimizer(preset, preset.num_steps), ema=False)
+    num_steps = cfg.num_steps or preset.num_steps
+    state = TrainState.create(model, nnx.Param, make_optimizer(preset, num_steps), ema=False)
 
     def loss_fn(model: InverseDynamics, batch: Batch) -> tuple[jax.Array, tuple]:
         true = jnp.asarray(index_A)[batch.actions_BT[:, :-1]]
@@ -78,11 +81,12 @@ def main(cfg: Config) -> None:
         state, _ = apply_gradients(state, grads, preset)
         return state, metrics
 
-    stream = to_device(batches(train, preset.batch_size, cfg.seed), jax.local_devices()[0])
-    for number in range(preset.num_steps):
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    stream = to_device(batches(train, preset.batch_size, cfg.seed), here)
+    for number in range(num_steps):
         state, metrics = step(state, next(stream))
         if number % 100 == 99:
-            print(f"step {number + 1}/{preset.num_steps}  loss {float(metrics['loss']):.3f}", flush=True)
+            print(f"step {number + 1}/{num_steps}  loss {float(metrics['loss']):.3f}", flush=True)
 
     clips = choose_clips(val, cfg.num_clips, cfg.seed)
     assert clips.actions_BT is not None

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from benchmarks import attention, checkpoint, dataloader, generate, sample, train_step
+from benchmarks import attention, checkpoint, dataloader, generate, inverse_dynamics, sample, train_step
 
 
 def figures(capsys, main, cfg):
@@ -52,6 +52,14 @@ def test_sample(capsys, preset, kind):
     values = figures(capsys, sample.main, sample.Config(json=True, preset=preset, kind=kind, steps=2, repeats=1))
     assert values["frames_per_s"] == pytest.approx(1e3 / values["frame_ms"])
     assert ("speedup" in values) == (kind == "maskgit")
+
+
+def test_inverse_dynamics(capsys, dataset):
+    values = figures(
+        capsys, inverse_dynamics.main, inverse_dynamics.Config(True, str(dataset), num_steps=2, num_clips=8)
+    )
+    assert values["transitions"] == 8 * 3
+    assert values["accuracy low"] <= values["accuracy"] <= values["accuracy high"]
 
 
 def test_dataloader(capsys, dataset):
