@@ -513,7 +513,7 @@ def test_a_world_is_measured_twice_alike_also_beside_another(trained, dataset, t
     last = motion["rollout_sharpness"]["mean"][-1] / motion["real_sharpness"]["mean"][-1]
     np.testing.assert_allclose(one["last_sharpness"], last, atol=1e-4)
     page = (both / "report.md").read_text()
-    assert page.count("\n| world | ") == page.count("\n| other | ") == 6  # the table, and each chart as one
+    assert page.count("\n| world | ") == page.count("\n| other | ") == 7  # the table, and each chart as one
     assert json.loads((both / "speed.json").read_text()).keys() == {"world", "other"}
     assert (both / "other" / "report.html").is_file()
     metrics = json.loads((a / "metrics.json").read_text())

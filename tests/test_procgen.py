@@ -163,7 +163,8 @@ def test_larger_frames_show_the_same_game(tmp_path, monkeypatch):
     alone = [game.levels(o, "val", 1, 3) for game, o in zip(games, (plain, larger), strict=True)]
     small, large = ([levels.frames().copy(), levels.step(np.array([7], np.int32)).frames_NHWC] for levels in alone)
     for frame, larger_frame in zip(small, large, strict=True):
-        assert np.abs(larger_frame.reshape(1, 64, 2, 64, 2, 3).mean(axis=(2, 4)) - frame).mean() < 3
+        apart = np.abs(larger_frame.reshape(1, 64, 2, 64, 2, 3).mean(axis=(2, 4)) - frame).mean()
+        assert apart < 6  # of the same picture a patch further, 30
     assert {"height", "width"} <= games[1].options_of(larger).keys()
     assert not {"height", "width"} & games[0].options_of(plain).keys()
     for size in ({"height": 128}, {"height": 96, "width": 96}):

@@ -367,7 +367,7 @@ def test_a_restored_state_is_the_saved_one(tmp_path):
 CURVE = {
     *("optimizer", "learning_rate", "schedule", "warmup_steps", "decay_steps", "final_learning_rate", "beta1", "beta2"),
     *("weight_decay", "grad_clip", "ema_decay", "batch_size", "seq_len", "grad_accum", "seed", "dtype", "quant"),
-    "pad_short",
+    *("pad_short", "windows_per_clip"),
 }
 """Flags that change what is learned: no resumed run may change them."""
 
