@@ -27,7 +27,7 @@ class Config(Output):
 
     preset: Literal["bench", "tiny", "flow", "small", "coinrun", "moving"] = "bench"
     """Size of the three models."""
-    kind: Literal["", "maskgit", "causal"] = ""
+    kind: Literal["", "maskgit", "maskgit_head", "causal"] = ""
     """Kind of the dynamics model, one over tokens; default: the preset's."""
     batch_size: int = 1
     """Videos sampled together."""
@@ -97,6 +97,8 @@ def main(cfg: Config) -> None:
     state = jax.eval_shape(lambda: start_rollout(world, prompt, actions[:, :0]))
     # What of a state is read in each step, and what once a frame.
     again, once = (state.dynamics, state.decoder) if world.tokenizer else ((), state.backbone)
+    if dynamics.kind == "maskgit_head":  # its head sees no frame but the last
+        again, once = (), (again, once)
     parameters = _bytes(nnx.state(world.dynamics))
     reads = dynamics.num_patches if dynamics.kind == "causal" else cfg.steps + 1
     work = B * frame_flops(world, sampling)

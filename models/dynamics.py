@@ -1,8 +1,9 @@
 """Dynamics models: the next frame, given the past and an action (Genie, §2.1).
 
-A *kind* of dynamics is a subclass of `Dynamics`, looked up by name in `models.genie.DYNAMICS`. Two kinds work on the
-tokenizer's tokens and share what is here: a MaskGIT (`models.maskgit`), which fills hidden tokens in any order, and a
-causal model (`models.causal`), which predicts token after token. A flow (`models.flow`) makes frames of pixels.
+A *kind* of dynamics is a subclass of `Dynamics`, looked up by name in `models.genie.DYNAMICS`. Three kinds work on the
+tokenizer's tokens and share what is here: a MaskGIT (`models.maskgit`), which fills hidden tokens in any order, one cut
+in backbone and head (`models.maskgit_head`), and a causal model (`models.causal`), which predicts token after token. A
+flow (`models.flow`) makes frames of pixels.
 """
 
 from typing import Any, NamedTuple
@@ -319,6 +320,9 @@ class TokenDynamics(Dynamics):
     def _predict(self, x_BTNM: jax.Array, past: Past | None, keep: bool) -> Predicted:
         hidden_BTNM, time, space = self.transformer(x_BTNM, past, keep)
         hidden_BTNM = hidden_BTNM[:, :, self.extra_places(self.cfg) :]
+        return Predicted(self.logits(hidden_BTNM), hidden_BTNM, time, space)
+
+    def logits(self, hidden_BTNM: jax.Array) -> jax.Array:
+        """Logits (B, T, N, K), float32: products with the codes' embeddings."""
         table_KM = self.token_embedding[: self.cfg.num_codes].astype(hidden_BTNM.dtype)
-        logits_BTNK = products(hidden_BTNM * (2.0 * self.cfg.width**-0.5), table_KM)
-        return Predicted(logits_BTNK, hidden_BTNM, time, space)
+        return products(hidden_BTNM * (2.0 * self.cfg.width**-0.5), table_KM)

@@ -11,14 +11,15 @@ from models.nn import STConfig
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig(STConfig):
-    """Fields of the flow kind; of no account to others."""
+    """Fields of the flow kind; but for `head_blocks` of no account to others."""
 
     space: Literal["pixels", "latents"] = "pixels"
     """What a flow makes frames of: patches of pixels, without a tokenizer, or the latents of a continuous one."""
     latent_width: Annotated[int, tyro.conf.Suppress] = 0
     """Numbers of a latent, set from the tokenizer's checkpoint."""
     head_blocks: int = 2
-    """Blocks of a flow's head, which alone runs at each sampling step; the backbone runs once a frame."""
+    """Blocks of the head of a flow or a maskgit_head, which alone runs at each sampling step; `num_blocks` are those of
+    the backbone, which runs once a frame."""
     flow_steps: int = 4
     """Most sampling steps that a flow is trained for, a power of two; 1 leaves the plain prediction of the next frame.
     All up to it are there in sampling."""
@@ -55,9 +56,10 @@ class DynamicsConfig(FlowConfig):
 
     num_blocks: int = 12
     """ST blocks of the dynamics model."""
-    kind: Literal["maskgit", "causal", "flow"] = "maskgit"
-    """maskgit fills hidden tokens in any order; causal predicts token after token, row by row; flow makes each frame of
-    pixels, without a tokenizer, or of latents, in few steps."""
+    kind: Literal["maskgit", "maskgit_head", "causal", "flow"] = "maskgit"
+    """maskgit fills hidden tokens in any order; maskgit_head does it in a small head, while the other blocks read whole
+    frames; causal predicts token after token, row by row; flow makes each frame of pixels, without a tokenizer, or of
+    latents, in few steps."""
     action_token: Literal["prepend", "add"] = "prepend"
     """The action stands before the frame's tokens, or is added to each of them (the paper's way)."""
     mask_rates: Literal["frame", "clip"] = "frame"
@@ -86,3 +88,8 @@ class DynamicsConfig(FlowConfig):
     action_mean: Annotated[tuple[float, ...], tyro.conf.Suppress] = ()
     action_scale: Annotated[tuple[float, ...], tyro.conf.Suppress] = ()
     """Of each column, if it holds real numbers."""
+
+
+def head_config(cfg: DynamicsConfig) -> DynamicsConfig:
+    """The size of the head of a kind that has one."""
+    return dataclasses.replace(cfg, num_blocks=cfg.head_blocks)

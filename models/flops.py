@@ -107,22 +107,44 @@ def flow_read(cfg: "DynamicsConfig", num_frames: int, past: int = 0) -> int:
     return transformer(cfg, cfg.num_patches, num_frames, past) + dense(rows, 2 * values, cfg.width)
 
 
+def head_blocks(cfg: "DynamicsConfig", num_frames: int) -> int:
+    """Of a head's blocks, which lack attention over time, once for each frame."""
+    M, N = cfg.width, cfg.num_patches
+    return 2 * (12 * M * M + 2 * N * M) * N * num_frames * cfg.head_blocks
+
+
 def flow_head(cfg: "DynamicsConfig", num_frames: int) -> int:
-    """Of a flow's head, once for each frame; its blocks lack attention over time."""
-    values, M, N = cfg.latent_width or cfg.patch_size**2 * cfg.frame_shape[2], cfg.width, cfg.num_patches
-    rows = N * num_frames
-    blocks = 2 * (12 * M * M + 2 * N * M) * rows * cfg.head_blocks + dense(rows, 2 * values, M)
+    """Of a flow's head, once for each frame."""
+    values, M = cfg.latent_width or cfg.patch_size**2 * cfg.frame_shape[2], cfg.width
+    rows = cfg.num_patches * num_frames
+    blocks = head_blocks(cfg, num_frames) + dense(rows, 2 * values, M)
     if cfg.motion_reach:
         return blocks + motion_head(M, cfg.patch_size, cfg.frame_shape, cfg.motion_reach, num_frames)
     return blocks + dense(rows, M, values)
 
 
+def maskgit_read(cfg: "DynamicsConfig", num_frames: int, past: int = 0) -> int:
+    """Of a maskgit_head's backbone over one clip after a cache of `past` frames."""
+    return picture_in(cfg, num_frames) + transformer(cfg, cfg.num_patches, num_frames, past)
+
+
+def maskgit_head(cfg: "DynamicsConfig", num_frames: int) -> int:
+    """Of a maskgit_head's head, once for each frame."""
+    logits = dense(cfg.num_patches * num_frames, cfg.width, cfg.num_codes)
+    return picture_in(cfg, num_frames) + head_blocks(cfg, num_frames) + logits
+
+
+def picture_in(cfg: "DynamicsConfig", num_frames: int) -> int:
+    """Of embedding the last picture, for a model of tokens that sees it."""
+    rows = cfg.num_patches * num_frames
+    return dense(rows, cfg.patch_size**2 * cfg.frame_shape[2], cfg.width) if cfg.sees_picture else 0
+
+
 def dynamics_forward(cfg: "DynamicsConfig", num_frames: int, past: int = 0, extra_places: int = 0) -> int:
     """Of a forward pass of a dynamics model over tokens and extra places, one clip after a cache of `past` frames."""
-    places, rows = cfg.num_patches + extra_places, cfg.num_patches * num_frames
-    picture = dense(rows, cfg.patch_size**2 * cfg.frame_shape[2], cfg.width) if cfg.sees_picture else 0
+    places = cfg.num_patches + extra_places
     return (
-        picture
+        picture_in(cfg, num_frames)
         + transformer(cfg, places, num_frames, past)
         + dense(cfg.num_patches * num_frames, cfg.width, cfg.num_codes)
     )

@@ -5,7 +5,6 @@ A causal backbone reads each frame once. A small head of spatial blocks makes th
 at each place, the action, the last picture and, where it takes several steps, the frame that is still noisy.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,8 @@ from flax import nnx
 
 from models import flops, init
 from models.actions import ColumnEmbedding
-from models.dynamics import Dynamics, DynamicsConfig, Seen, actions_to
+from models.dynamics import Dynamics, Seen, actions_to
+from models.dynamics_config import DynamicsConfig, head_config
 from models.flow_steps import WAVES, Drawn, draw_steps, edge_error, mixed, pick, put, towards, waves
 from models.kernels import KV
 from models.lam import LAM
@@ -294,11 +294,6 @@ class Flow(Dynamics):
 def num_values(cfg: DynamicsConfig) -> int:
     """Values of each place, P."""
     return cfg.latent_width if cfg.space == "latents" else cfg.patch_size**2 * cfg.frame_shape[2]
-
-
-def head_config(cfg: DynamicsConfig) -> DynamicsConfig:
-    """The size of the head."""
-    return dataclasses.replace(cfg, num_blocks=cfg.head_blocks)
 
 
 def to_values(frames_BTHWC: jax.Array, cfg: DynamicsConfig) -> jax.Array:

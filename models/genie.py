@@ -20,6 +20,7 @@ from models.flow import Flow
 from models.heads import Heads, HeadsConfig, Judged
 from models.lam import LAM, LAMConfig
 from models.maskgit import MaskGIT
+from models.maskgit_head import MaskGITHead
 from models.nn import Compute, num_patches
 from models.policy import Agent, AgentConfig, PolicyConfig
 from models.sampling import SamplingConfig
@@ -31,7 +32,12 @@ PARAMETERS = "parameters.npz"
 """What an exported world (export.py) has in the place of checkpoints: its variables by path, parameters in half
 precision."""
 
-DYNAMICS: dict[str, type[Dynamics]] = {"maskgit": MaskGIT, "causal": Causal, "flow": Flow}
+DYNAMICS: dict[str, type[Dynamics]] = {
+    "maskgit": MaskGIT,
+    "maskgit_head": MaskGITHead,
+    "causal": Causal,
+    "flow": Flow,
+}
 """The kinds of dynamics models, by `DynamicsConfig.kind`."""
 
 
@@ -75,7 +81,7 @@ class World(nnx.Module):
         self.dynamics = DYNAMICS[cfg.dynamics.kind](cfg.dynamics, compute, rngs)
         size = cfg.dynamics.num_patches, cfg.dynamics.width
         self.heads = Heads(cfg.heads, *size, compute, rngs) if cfg.heads else None
-        self.dynamics.keeps_hidden = cfg.heads is not None
+        self.dynamics.keeps_hidden |= cfg.heads is not None
 
     @property
     def num_actions(self) -> int:

@@ -42,7 +42,7 @@ CFG = DynamicsConfig(
 )
 
 
-@pytest.mark.parametrize("kind", ["maskgit", "causal"])
+@pytest.mark.parametrize("kind", ["maskgit", "maskgit_head", "causal"])
 @pytest.mark.parametrize("action_token", ["prepend", "add"])
 def test_every_column_is_heard_by_the_frame_that_it_leads_to(kind, action_token):
     model = DYNAMICS[kind](dataclasses.replace(CFG, action_token=action_token), Compute(), nnx.Rngs(0))

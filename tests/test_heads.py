@@ -276,7 +276,7 @@ def test_a_judgement_knows_what_came_before_it_alone():
     np.testing.assert_array_equal(heads(hidden, hidden[:, 0])[0], heads(hidden, hidden[:, 1])[0])
 
 
-@pytest.mark.parametrize("kind", ["maskgit", "causal", "flow"])
+@pytest.mark.parametrize("kind", ["maskgit", "maskgit_head", "causal", "flow"])
 def test_hidden_states_of_a_rollout_are_those_of_the_clip(kind):
     """What `next_frame` keeps for the heads equals a pass over all frames."""
     config = dataclasses.replace(TRUE, dynamics=dataclasses.replace(TRUE.dynamics, kind=kind, sees_picture=True))

@@ -176,7 +176,7 @@ def test_the_dynamics_model_learns_tokens_of_the_pictures_that_it_is_shown():
     assert not train_dynamics.see(opened, stored, drawn)[0].any()
 
 
-@pytest.mark.parametrize("kind", ["maskgit", "causal"])
+@pytest.mark.parametrize("kind", ["maskgit", "maskgit_head", "causal"])
 def test_a_rollout_moves_the_prompt_and_then_its_own_pictures(kind):
     world = World(
         dataclasses.replace(CONFIG, dynamics=dataclasses.replace(DYNAMICS, kind=kind)), Compute(), nnx.Rngs(0)

@@ -80,7 +80,7 @@ def training(kind: str):
     return jax.jit(lambda state, batch, key: step(state, batch, key, cfg)), state
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "lam", "maskgit", "causal"])
+@pytest.mark.parametrize("kind", ["tokenizer", "lam", "maskgit", "maskgit_head", "causal"])
 def test_nothing_is_learned_of_what_fills_a_clip_up(kind):
     """Parameters, codebooks and metrics are the same to the bit, whatever it is."""
     run, state = training(kind)

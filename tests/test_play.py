@@ -155,7 +155,7 @@ def test_a_batch_of_players_draws_what_each_would_alone(game, trained):
     asyncio.run(play())
 
 
-@pytest.mark.parametrize("kind", ["causal", "flow"])
+@pytest.mark.parametrize("kind", ["maskgit_head", "causal", "flow"])
 def test_another_kind_of_world_plays_what_it_samples(kind):
     tokenizer = None if kind == "flow" else CONFIG.tokenizer
     dynamics = dataclasses.replace(CONFIG.dynamics, kind=kind, frame_shape=CONFIG.frame_shape, motion_reach=2)

@@ -15,6 +15,7 @@ from models.genie import World, WorldConfig
 from models.kernels import KV
 from models.lam import LAMConfig
 from models.maskgit import fill_tokens, halton_ranks
+from models.motion import frames_before
 from models.nn import Compute, Past
 from models.sampling import SamplingConfig, next_frame, restrict, rollout, start_rollout
 from models.tokenizer import TokenizerConfig
@@ -66,6 +67,47 @@ def test_cached_rollout_equals_the_plain_one(world, prompt, cfg):
     cached = rollout(world, FRAMES[:, :prompt], ACTIONS, key, cfg)
     plain = plain_rollout(world, FRAMES[:, :prompt], ACTIONS, key, cfg)
     np.testing.assert_allclose(cached, plain, atol=1e-4)
+
+
+def test_a_head_guesses_in_play_as_it_does_in_training():
+    """Of a frame that is all hidden, after a whole past; also with a picture of it in view."""
+    dynamics = dataclasses.replace(CONFIG.dynamics, kind="maskgit_head", head_blocks=1, sees_picture=True)
+    world = World(dataclasses.replace(CONFIG, dynamics=dynamics), Compute(), nnx.Rngs(0))
+    cfg, key = SamplingConfig(steps=3), jax.random.key(7)
+    cached = rollout(world, FRAMES[:, :1], ACTIONS[:, :2], key, cfg)
+    state = start_rollout(world, FRAMES[:, :1], ACTIONS[:, :0])
+    tokens = state.tokens_BN[:, None]
+    for t in (1, 2):
+        led_by = jnp.pad(ACTIONS[:, :t], ((0, 0), (1, 0)), constant_values=-1)
+        last = jnp.concatenate([frames_before(FRAMES[:, :1]), FRAMES[:, :1], cached[:, : t - 1]], axis=1)
+
+        def logits(tokens_BN, hidden_BN, tokens=tokens, led_by=led_by, last=last):
+            clip = jnp.concatenate([tokens, tokens_BN[:, None]], axis=1)
+            # Whether tokens of the past are hidden for their own frames' sake is of no account to later ones.
+            hidden = jnp.concatenate([jnp.ones_like(tokens, bool), hidden_BN[:, None]], axis=1)
+            return world.dynamics(clip, hidden, led_by, last_BTHWC=last).logits_BTNK[:, -1]
+
+        new = fill_tokens(logits, (2, tokens.shape[2]), jax.random.fold_in(key, t), cfg, columns=2)
+        state = next_frame(world, state, ACTIONS[:, t - 1], jax.random.fold_in(key, t), cfg)[1]
+        np.testing.assert_array_equal(state.tokens_BN, new)
+        tokens = jnp.concatenate([tokens, new[:, None]], axis=1)
+
+
+def test_a_head_sees_the_past_and_of_its_own_frame_what_is_not_hidden():
+    dynamics = dataclasses.replace(CONFIG.dynamics, kind="maskgit_head", head_blocks=1)
+    world = World(dataclasses.replace(CONFIG, dynamics=dynamics), Compute(), nnx.Rngs(0))
+    tokens = world.tokenizer.encode(FRAMES)
+    led_by = jnp.pad(ACTIONS, ((0, 0), (1, 0)), constant_values=-1)
+    hidden = jnp.zeros_like(tokens, bool).at[:, :, 0].set(True)
+    run = jax.jit(lambda tokens, led_by: world.dynamics(tokens, hidden, led_by).logits_BTNK)
+    logits = run(tokens, led_by)
+    for t in range(WINDOW):
+        for n in range(tokens.shape[2]):
+            other = tokens.at[:, t, n].set((tokens[:, t, n] + 1) % dynamics.num_codes)
+            change = np.abs(run(other, led_by) - logits).max(axis=(0, 2, 3))
+            np.testing.assert_array_equal(change > 0, [s > t or (s == t and n > 0) for s in range(WINDOW)])
+        change = np.abs(run(tokens, led_by.at[:, t].set((led_by[:, t] + 1) % 3)) - logits).max(axis=(0, 2, 3))
+        np.testing.assert_array_equal(change > 0, [s >= t for s in range(WINDOW)])
 
 
 def test_cached_logits_equal_those_of_the_whole_clip(world):

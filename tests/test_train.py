@@ -148,13 +148,14 @@ def test_a_world_with_a_lam_trained_along_and_one_with_true_actions(trained, dat
     script("sample", "--checkpoint", tmp_path / "gt", "--actions", "true", "--steps", 2, "--num_clips", 2)
 
 
-def test_a_causal_world_trains_resumes_and_plays(trained, dataset, tmp_path):
+@pytest.mark.parametrize("kind", ["causal", "maskgit_head"])
+def test_another_kind_of_world_trains_resumes_and_plays(trained, dataset, tmp_path, kind):
     parts = ["--tokenizer_checkpoint", trained["tokenizer"], "--lam_checkpoint", trained["lam"]]
-    causal = [*SMALL, *parts, "--model.kind", "causal"]
-    script("train_dynamics", *causal, *flags(dataset, tmp_path / "world"))
+    other = [*SMALL, *parts, "--model.kind", kind]
+    script("train_dynamics", *other, *flags(dataset, tmp_path / "world"))
     whole = stored(tmp_path / "world", 6)
     shutil.rmtree(tmp_path / "world" / "6")
-    script("train_dynamics", *causal, *flags(dataset, tmp_path / "world"))
+    script("train_dynamics", *other, *flags(dataset, tmp_path / "world"))
     assert_same(stored(tmp_path / "world", 6), whole)
     done = script("sample", "--checkpoint", tmp_path / "world", "--num_frames", 9, "--num_clips", 2)
     assert len(done.stdout.splitlines()) == 12
