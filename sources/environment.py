@@ -23,15 +23,15 @@ class RecordingOptions:
     """Episodes of 1,000 time steps, over all splits: N episodes give N * 1,000 transitions."""
     seed: int = 0
     """Decides the levels and the actions. The same seed gives the same files."""
-    policy: Literal["uniform", "sticky", "planner", "habit"] = "uniform"
+    policy: Literal["uniform", "sticky", "planner", "walker"] = "uniform"
     """How to act: uniformly at random as in the paper; "sticky": hold an action for a while (in CoinRun mostly one that
     moves right), which gets much further into the levels; "planner", for Procgen: try many futures and do the best;
-    "habit", too: do what --action_weights has most often, and where that would end in a death, what is next in it."""
+    "walker", for CoinRun: walk to the right, and jump where that leads into trouble, which is easily imitated."""
     planner_rollouts: int = 32
     """Of the planner: futures that it tries where it needs a plan. Its time grows with them."""
     planner_explore: float = 0.2
-    """Of the planner and of who has a habit: share of the decisions, of the planner one in 16 time steps, at which they
-    act at random until the next one, so that mistakes are in the data too."""
+    """Of planner and walker: share of their decisions, of the planner one in 16 time steps, at which they act at random
+    until the next one, or for a few time steps, so that mistakes are in the data too."""
     action_weights: tuple[str, ...] = ()
     """Procgen: how often sticky, and the planner in its futures, choose an action, by comparison: RIGHT=1 RIGHT+UP=3;
     those that are not named are not chosen. Empty takes the game's own."""

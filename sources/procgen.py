@@ -12,10 +12,10 @@ from PIL import Image
 
 from models.errors import InputError
 from sources.environment import EPISODE_STEPS, PROCGEN_OPTIONS, Environment, Recording, RecordingOptions
-from sources.habit import Habit
 from sources.once import Stepped
 from sources.planner import Planner
 from sources.policies import choose_actions
+from sources.walker import Walker
 from utils.records import COINRUN_IDLE_ACTION, COINRUN_SAME_ACTIONS
 
 # So far apart that no split of any dataset shares a level with another split of any other.
@@ -72,7 +72,6 @@ class Procgen(Environment):
     fps = 15
     action_names = ACTION_NAMES
     idle_action = COINRUN_IDLE_ACTION
-    policies = ("uniform", "sticky", "planner", "habit")
     options = PROCGEN_OPTIONS
     at_once = 4  # images of more no longer fit a core's cache: 16 are 40 % slower
 
@@ -80,6 +79,7 @@ class Procgen(Environment):
         self.name, self.frame_shape = name, (side, side, 3)
         self.same_actions = SAME_ACTIONS[name]
         self.weights_A = COINRUN_WEIGHTS
+        self.policies = ("uniform", "sticky", "planner", *(["walker"] if name == "coinrun" else []))
         if name not in ("coinrun", "ninja"):  # whose levels, too, lead to the right
             self.weights_A = tuple(DUPLICATE_WEIGHT if a in self.same_actions else 1 for a in ACTION_NAMES)
 
@@ -98,8 +98,6 @@ class Procgen(Environment):
         modes = ["easy", "hard", *(other for other, games in MODES.items() if self.name in games)]
         options.expect("distribution_mode", mode in modes, f"{', '.join(modes)} for {self.name}")
         self._weights(options)
-        told = options.policy != "habit" or len(options.action_weights) >= 2
-        options.expect("policy", told, "two or more `action_weights` beside it: the habit, and what to step aside by")
         import_procgen()
 
     def provenance(self, options: RecordingOptions) -> dict[str, Any]:
@@ -112,7 +110,7 @@ class Procgen(Environment):
         B, T = num_envs, EPISODE_STEPS
         rand_seed = int(rng.integers(2**31 - 1))
         env = self.make(options, split, B, rand_seed)
-        if options.policy in ("planner", "habit"):
+        if options.policy in ("planner", "walker"):
             planner = self.planner(options, split, B, rng)
             actions_BT = np.empty((B, T), np.int32)
         else:
@@ -154,13 +152,13 @@ class Procgen(Environment):
 
     def planner(
         self, options: RecordingOptions, split: str, num_envs: int, rng: np.random.Generator
-    ) -> Planner | Habit:
+    ) -> Planner | Walker:
         """Who plays so many environments by trying futures."""
         unseen = Procgen(self.name)  # futures are not looked at, and small frames are drawn faster
         make = lambda num: unseen.make(options, split, num, rand_seed=0)
         weights_A = self._weights(options)
-        if options.policy == "habit":
-            return Habit(make, num_envs, options.planner_explore, weights_A, rng)
+        if options.policy == "walker":
+            return Walker(make, num_envs, options.planner_explore, weights_A, ACTION_NAMES, rng)
         return Planner(make, num_envs, options.planner_rollouts, options.planner_explore, weights_A, rng)
 
     def _weights(self, options: RecordingOptions) -> tuple[float, ...]:
@@ -250,7 +248,7 @@ class ProcgenLevels:
 class PlanningPlayer:
     """Plays such levels by trying futures (`sources.once.Player`): it sees more than the frames."""
 
-    def __init__(self, planner: Planner | Habit, levels: ProcgenLevels):
+    def __init__(self, planner: Planner | Walker, levels: ProcgenLevels):
         self._planner, self._env, self._begins = planner, levels.env, True
 
     def act(self, frames_NHWC: np.ndarray, playing_N: np.ndarray) -> np.ndarray:

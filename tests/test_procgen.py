@@ -112,30 +112,38 @@ def test_the_planner_solves_more_than_sticky_and_makes_mistakes(monkeypatch):
     assert planned[0] > 1.5 * sticky[0]
 
 
-HABIT = RecordingOptions(policy="habit", action_weights=("RIGHT+UP=6", "LEFT=2", "NONE=1"), planner_explore=0.0)
+WALKER = RecordingOptions(policy="walker", action_weights=("UP=1",), planner_explore=0.0)
 
 
-def test_a_habit_is_kept_but_before_a_death(monkeypatch):
+def test_the_walker_jumps_no_more_than_it_must_and_solves_nearly_all(monkeypatch):
     monkeypatch.setattr(procgen, "EPISODE_STEPS", 500)
     game, rng = Procgen("coinrun"), np.random.default_rng
-    kept = game.play(HABIT, "train", 4, rng(5))
-    shares = np.bincount(kept.actions_BT.reshape(-1), minlength=NUM_ACTIONS) / kept.actions_BT.size
-    habit, aside = (ACTION_NAMES.index(name) for name in ("RIGHT+UP", "LEFT"))
-    assert shares[habit] > 0.85
-    assert shares[habit] + shares[aside] == 1
-    assert kept.success_BT.sum() > 0.9 * (kept.terminated_BT | kept.truncated_BT).sum()
-    blind = game.play(dataclasses.replace(HABIT, policy="sticky", action_weights=("RIGHT+UP=1",)), "train", 4, rng(5))
-    assert blind.success_BT.sum() < 0.75 * blind.terminated_BT.sum()
-    careless = game.play(dataclasses.replace(HABIT, planner_explore=0.5), "train", 4, rng(5)).actions_BT
-    assert (careless == ACTION_NAMES.index("NONE")).any()
+    played = game.play(WALKER, "train", 4, rng(5))
+    shares = np.bincount(played.actions_BT.reshape(-1), minlength=NUM_ACTIONS) / played.actions_BT.size
+    walk, jump = (shares[ACTION_NAMES.index(name)] for name in ("RIGHT", "RIGHT+UP"))
+    assert walk + jump > 0.85
+    assert 0.2 < jump < 0.7
+    assert played.success_BT.sum() > 0.9 * (played.terminated_BT | played.truncated_BT).sum()
+    for always in ("RIGHT=1", "RIGHT+UP=1"):
+        blind = dataclasses.replace(WALKER, policy="sticky", action_weights=(always,))
+        assert game.play(blind, "train", 4, rng(5)).success_BT.sum() < 0.75 * played.success_BT.sum()
+    careless = game.play(dataclasses.replace(WALKER, planner_explore=0.5), "train", 4, rng(5)).actions_BT
+    assert (careless == ACTION_NAMES.index("UP")).mean() > 0.05
+    with pytest.raises(InputError, match="`policy` walker: expected uniform or sticky or planner for maze"):
+        Procgen("maze").options_of(WALKER)
 
 
-@pytest.mark.parametrize("changes", [{"policy": "planner", "planner_rollouts": 4}, {"policy": "habit"}])
-def test_who_looks_ahead_is_a_function_of_the_seed(monkeypatch, changes):
+@pytest.mark.parametrize(
+    ("game", "options"),
+    [
+        ("leaper", RecordingOptions(policy="planner", planner_rollouts=4)),
+        ("coinrun", RecordingOptions(policy="walker")),
+    ],
+)
+def test_who_looks_ahead_is_a_function_of_the_seed(monkeypatch, game, options):
     monkeypatch.setattr(procgen, "EPISODE_STEPS", 64)
-    options = dataclasses.replace(HABIT, planner_explore=0.2, **changes)
     a, b, other = (
-        Procgen("leaper").play(options, "train", 2, np.random.default_rng(seed)).actions_BT for seed in (5, 5, 6)
+        Procgen(game).play(options, "train", 2, np.random.default_rng(seed)).actions_BT for seed in (5, 5, 6)
     )
     np.testing.assert_array_equal(a, b)
     assert (a != other).any()

@@ -1,0 +1,154 @@
+"""An agent for CoinRun that walks to the right and jumps where it must, as late as it safely may.
+
+What it does is nearly a function of what there is to be seen about it, so whoever imitates it need not guess a plan.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sources.policies import choose_actions
+
+SEE = 24  # time steps of walking that it looks ahead
+NEAR = 14  # time steps before a trouble at which it decides; CoinRun's view reaches as far
+HOLD = 10  # time steps for which it holds a jump
+AFTER = 12  # time steps that it has to live after that
+STILL = 0.03  # of the pixels: fewer change from one time step to the next where it is stuck
+EXPLORE = (2, 8)  # time steps for which it acts at random: at least, and less than
+
+
+class Futures(NamedTuple):
+    """How N lines of actions go from a state.
+
+    lived_N: Time steps until the level ends; T if it does not.
+    solved_N: Whether it is solved.
+    changed_NT: Share of the pixels that change with each.
+    """
+
+    lived_N: np.ndarray
+    solved_N: np.ndarray
+    changed_NT: np.ndarray
+
+
+class Walker:
+    """Acts in environments side by side.
+
+    It walks as long as that leads on. Before a death, or where it would get stuck, it jumps: of all time steps to jump
+    at it takes one shortly before the last, if there is a choice. If none is good, it waits or walks back first. The
+    game is restored with its random numbers, so what it looks at comes as it was.
+
+    Args:
+      make: Makes so many environments side by side, of the kind that is played.
+      num_envs: Environments that are played.
+      explore: Share of the decisions, of which there is one wherever it has done what it meant to, at which it acts at
+        random for a few time steps, so that whoever imitates it also sees how to get out of trouble.
+      weights_A: How often it then chooses each action, by comparison.
+      names: The actions, among them NONE, LEFT, RIGHT and RIGHT+UP.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Any],
+        num_envs: int,
+        explore: float,
+        weights_A: Sequence[float],
+        names: Sequence[str],
+        rng: np.random.Generator,
+    ):
+        self._explore, self._weights_A, self._rng = explore, weights_A, rng
+        wait, back, self._walk, jump = (names.index(name) for name in ("NONE", "LEFT", "RIGHT", "RIGHT+UP"))
+        self._jumps = [[self._walk] * steps + [jump] * HOLD for steps in range(NEAR)]
+        self._detours = [[action] * steps + [jump] * HOLD for steps in (3, 6, 10) for action in (wait, back)]
+        self._detours += [
+            [back] * away + [self._walk] * steps + [jump] * HOLD for away in (4, 8) for steps in (2, 4, 6, 8)
+        ]
+        self._detours += [[jump] * steps for steps in (2 * HOLD, 26)]  # it jumps again where it lands
+        self._ahead, self._tries, self._others = (make(num) for num in (1, NEAR, len(self._detours)))
+        self._plans = [np.zeros(0, np.int32) for _ in range(num_envs)]  # of each environment, from the present step on
+
+    def act(self, env: Any, first_B: np.ndarray, playing_B: np.ndarray | None = None) -> np.ndarray:
+        """Actions (B,) int32; see `sources.planner.Planner.act`."""
+        for b in np.flatnonzero(first_B):
+            self._plans[b] = self._plans[b][:0]
+        idle_B = np.array([len(plan) == 0 for plan in self._plans])
+        deciding = np.flatnonzero(idle_B if playing_B is None else idle_B & playing_B)
+        states = env.get_state() if len(deciding) else []
+        for b in deciding:
+            explores = self._rng.random() < self._explore
+            self._plans[b] = np.array(self._random() if explores else self.plan(states[b]), np.int32)
+        actions_B = np.array([plan[0] if len(plan) else self._walk for plan in self._plans], np.int32)
+        self._plans = [plan[1:] for plan in self._plans]
+        return actions_B
+
+    def plan(self, state: bytes) -> list[int]:
+        """Actions from a state on, up to where there is something to decide."""
+        walking = futures(self._ahead, state, [[self._walk] * SEE], self._walk)
+        lived = int(walking.lived_N[0])
+        if walking.solved_N[0]:
+            return [self._walk] * lived
+        # Whoever begins to walk needs two time steps to move.
+        stuck = np.flatnonzero(walking.changed_NT[0, 2:lived] < STILL)
+        trouble = min(lived, int(stuck[0]) + 2 if len(stuck) else SEE)
+        if trouble > NEAR:
+            return [self._walk] * (trouble - NEAR)
+        good_N = self._good(self._tries, state, self._jumps)[0]
+        good_N[trouble + 1 :] = False
+        if good_N.any():
+            steps = self._best(good_N)
+            return self._jumps[steps]
+        good_N, lived_N = self._good(self._others, state, self._detours)
+        if good_N.any():
+            return self._detours[int(good_N.argmax())]
+        return self._detours[int(lived_N.argmax())][:1]  # it will die, unless things look otherwise a step later
+
+    def close(self) -> None:
+        """Frees the environments in which it looks ahead."""
+        for env in (self._ahead, self._tries, self._others):
+            env.close()
+
+    def _good(self, env: Any, state: bytes, plans: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Which plans solve the level, or lead on and are survived; also how long each lives."""
+        length_N = np.array([len(plan) for plan in plans])
+        lived_N, solved_N, changed_NT = futures(env, state, plans, self._walk, AFTER)
+        moves_N = np.array(
+            [rows_T[n : n + AFTER].max() >= STILL for rows_T, n in zip(changed_NT, length_N, strict=True)]
+        )
+        return solved_N | ((lived_N >= length_N + AFTER) & moves_N), lived_N
+
+    def _random(self) -> np.ndarray:
+        steps = int(self._rng.integers(*EXPLORE))
+        return choose_actions("sticky", self._weights_A, self._rng, 1, steps)[0]
+
+    @staticmethod
+    def _best(good_N: np.ndarray) -> int:
+        """Of the runs of good numbers the last long one: its third from the end, if it has three, else its first."""
+        edges = np.flatnonzero(np.diff(np.pad(good_N.astype(int), 1)))
+        first, end = max(zip(edges[::2], edges[1::2], strict=True), key=lambda run: (min(run[1] - run[0], 5), run[0]))
+        return int(end - 3 if end - first >= 3 else first)
+
+
+def futures(env: Any, state: bytes, plans: list[list[int]], then: int, after: int = 0) -> Futures:
+    """Plays plans from a state on, and after each an action until all have had it for `after` time steps."""
+    N, T = len(plans), max(len(plan) for plan in plans) + after
+    actions_NT = np.full((N, T), then, np.int32)
+    for n, plan in enumerate(plans):
+        actions_NT[n, : len(plan)] = plan
+    lived_N, solved_N, alive_N = np.full(N, T), np.zeros(N, bool), np.ones(N, bool)
+    changed_NT, last_NHWC = np.zeros((N, T)), None
+    env.set_state([state] * N)
+    for t in range(T):
+        env.act(actions_NT[:, t])
+        _, observation, first_N = env.observe()
+        if (ended_N := first_N & alive_N).any():
+            infos = env.get_info()
+            solved_N |= ended_N & np.array([bool(info["prev_level_complete"]) for info in infos])
+            lived_N[ended_N] = t + 1
+            alive_N &= ~first_N
+        frames_NHWC = observation["rgb"][:, ::2, ::2].astype(np.int16)
+        if last_NHWC is not None:
+            changed_NT[:, t] = (np.abs(frames_NHWC - last_NHWC).max(axis=-1) > 8).mean(axis=(1, 2))
+        last_NHWC = frames_NHWC
+        if not alive_N.any():
+            break
+    return Futures(lived_N, solved_N, changed_NT)
