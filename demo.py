@@ -48,7 +48,7 @@ class Config:
     """World whose parameters the three trainings begin with, such as worlds/coinrun-small with --preset small."""
     agent: bool = False
     """Once the world is there, clone who solves CoinRun, from videos alone, and play the real game."""
-    expert_episodes: int = 240
+    expert_episodes: int = 120
     """Of who solves CoinRun, for the agent."""
     seed: int = 0
     """Of everything: levels, parameters, the order of the data, the choice of clips."""
@@ -129,8 +129,8 @@ def estimate(cfg: Config, summary: dict[str, Any]) -> str:
     return f"\ntrainings and their measurement follow: about {minutes} min on {where}"
 
 
-EXPERT = ("LEFT=1", "LEFT+UP=1", "NONE=1", "UP=1", "RIGHT=4", "RIGHT+UP=8")
-"""How the planner draws its futures: most levels lead to the right."""
+EXPLORES = ("LEFT=1", "NONE=2", "UP=1", "RIGHT=4", "RIGHT+UP=4")
+"""What the walker does where it does not walk or jump as it should."""
 
 
 def agent(cfg: Config, root: Path, data: str, lam: str) -> None:
@@ -146,10 +146,9 @@ def agent(cfg: Config, root: Path, data: str, lam: str) -> None:
     if not (expert / "metadata.json").exists():
         looks = ["--no-use_backgrounds"] * (not options.use_backgrounds)
         looks += ["--restrict_themes"] * options.restrict_themes
-        planner = ["--policy", "planner", "--planner_rollouts", "8", "--planner_explore", "0.1", "--only_solved"]
+        walker = ["--policy", "walker", "--planner_explore", "0.08", "--only_solved", "--action_weights", *EXPLORES]
         cut = ["--clip_length", "16", "--min_clip_length", "8", "--num_episodes", str(cfg.expert_episodes)]
-        weights = ["--action_weights", *EXPERT]
-        together(["generate_dataset.py", "--output_dir", str(expert), *planner, *cut, *looks, *seed, *weights])
+        together(["generate_dataset.py", "--output_dir", str(expert), *walker, *cut, *looks, *seed])
     policy, oracle = (str(root / name) for name in ("policy", "oracle"))
     clone = ["train_policy.py", "--preset", "tiny", "--data_dir", str(expert), *seed]
     together(

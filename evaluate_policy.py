@@ -17,7 +17,7 @@ from agents.labels import CodeMap, ContextMap, Labelled, PairMap, label
 from agents.policy import Chooser, PolicyPlayer
 from evaluation.measured import Measured, write_json
 from evaluation.page import write_page
-from evaluation.playing import MAPS, ORACLE, PLANNER, Clone, described, measured_play, sections
+from evaluation.playing import MAPS, ORACLE, Clone, described, measured_play, sections
 from models.errors import InputError
 from models.genie import load_agent, read_config
 from models.policy import Agent
@@ -25,6 +25,7 @@ from sources.environment import Environment, RecordingOptions
 from sources.once import Played, Player, play, scripted
 from sources.procgen import PlanningPlayer, Procgen
 from sources.registry import open_game
+from sources.walker import Walker
 from utils.checkpoint import data_of
 from utils.cli import DEFAULT_CACHE, run, set_up_jax
 from utils.data import ClipSource
@@ -116,7 +117,8 @@ def play_all(cfg: Config, table: Table, agent: Agent, source: ClipSource) -> dic
     found = {name: table.play(name, lambda levels, player=player: player) for name, player in players.items()}
     if isinstance(table.game, Procgen):
         planner = table.game.planner(dataclasses.replace(table.options, planner_explore=0.0), cfg.split, N, rng)
-        found[PLANNER] = table.play(PLANNER, lambda levels: PlanningPlayer(planner, levels), cfg.planner_levels)
+        name = "walker" if isinstance(planner, Walker) else "planner"
+        found[name] = table.play(name, lambda levels: PlanningPlayer(planner, levels), cfg.planner_levels)
         planner.close()
     if cfg.oracle_checkpoint:
         oracle = Chooser(load_agent(cfg.oracle_checkpoint))

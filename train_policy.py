@@ -48,19 +48,19 @@ class Config(TrainConfig):
 PRESETS = {
     "coinrun": Config(),
     "tiny": Config(
-        model=PolicyConfig(width=64, num_heads=4, num_blocks=2),
+        model=PolicyConfig(width=64, num_heads=4, num_blocks=2, context=2),
         batch_size=16,
         seq_len=16,
-        num_steps=600,
+        num_steps=800,
         optimizer="muon",
         learning_rate=4e-3,
         warmup_steps=20,
-        decay_steps=300,
+        decay_steps=400,
         beta2=0.95,
         val_batches=16,
         log_interval=50,
-        val_interval=300,
-        checkpoint_interval=300,
+        val_interval=400,
+        checkpoint_interval=400,
     ),
 }
 """coinrun: for the data of Appendix F; not run on a GPU yet. tiny: what `make agent` runs."""

@@ -18,7 +18,7 @@ MAPS = {
 }
 """Ways to learn which true action a latent one stands for."""
 KEYS = ("solved", "returns", "steps")
-PLANNER, ORACLE = "planner", "oracle"
+ORACLE = "oracle"
 
 
 class Clone(NamedTuple):

@@ -99,10 +99,11 @@ class Scripted:
 
 
 POWERS = (1, 2, 4)  # of the shares of actions, by which sticky players choose
+FREQUENT = ("most frequent action", "next most frequent action")
 
 
 def scripted(shares_A: np.ndarray, num_levels: int, num_steps: int, seed: int) -> dict[str, Scripted]:
-    """Players who do not look, by name: random, sticky ones of several biases, and the most frequent action alone.
+    """Players who do not look, by name: random, sticky ones of several biases, and each of two frequent actions alone.
 
     Args:
       shares_A: How often each action is done by whom they are compared with; the sticky ones choose by powers of it.
@@ -113,5 +114,6 @@ def scripted(shares_A: np.ndarray, num_levels: int, num_steps: int, seed: int) -
     for power in POWERS:
         weights_A = (shares_A**power).tolist()
         players[f"sticky, shares^{power}"] = Scripted(choose_actions("sticky", weights_A, rng(), *shape))
-    players["most frequent action"] = Scripted(np.full(shape, shares_A.argmax(), np.int32))
+    for name, action in zip(FREQUENT, np.argsort(-shares_A, kind="stable"), strict=False):
+        players[name] = Scripted(np.full(shape, action, np.int32))
     return players
