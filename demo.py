@@ -32,7 +32,7 @@ class Config:
     """Your own data: a dataset, or a folder of videos, arrays or pictures. Empty records CoinRun."""
     output_dir: str = ""
     """Where everything goes; default: runs/demo, or runs/<name of your data>."""
-    preset: Literal["tiny", "flow", "small"] = "tiny"
+    preset: Literal["tiny", "flow", "latents", "small"] = "tiny"
     """Of the trainings, of which a flow needs no tokenizer's; small wants --num_episodes 600."""
     num_episodes: int = 100
     """Episodes of CoinRun, without backgrounds and in one theme."""
@@ -111,7 +111,7 @@ def own_data(cfg: Config, root: Path) -> str:
     return str(inspection / "dataset" if fix else data)
 
 
-MINUTES = {"tiny": 5, "flow": 8, "small": 130}
+MINUTES = {"tiny": 5, "flow": 8, "latents": 9, "small": 130}
 """Of trainings and measurement on two cores, with frames of 64 × 64 (benchmarks/RESULTS.md)."""
 
 

@@ -87,6 +87,13 @@ TINY = Config(
     val_interval=600,
     checkpoint_interval=600,
 )
+FLOW = dataclasses.replace(
+    TINY,
+    model=DynamicsConfig(**SIZE, kind="flow", num_blocks=2, patch_size=8, motion_reach=6, edge_weight=0.3),
+    sampling=SamplingConfig(steps=1),
+    num_steps=2000,
+    decay_steps=1000,
+)
 PRESETS = {
     "coinrun": Config(),
     "moving": Config(
@@ -97,13 +104,8 @@ PRESETS = {
         sampling=SamplingConfig(steps=2, temperature=0.0),
     ),
     "tiny": TINY,
-    "flow": dataclasses.replace(
-        TINY,
-        model=DynamicsConfig(**SIZE, kind="flow", num_blocks=2, patch_size=8, motion_reach=6, edge_weight=0.3),
-        sampling=SamplingConfig(steps=1),
-        num_steps=2000,
-        decay_steps=1000,
-    ),
+    "flow": FLOW,
+    "latents": dataclasses.replace(FLOW, model=DynamicsConfig(**SIZE, kind="flow", space="latents", num_blocks=2)),
     "small": dataclasses.replace(
         TINY,
         model=dataclasses.replace(TINY.model, num_blocks=4),
@@ -122,7 +124,8 @@ PRESETS = {
     ),
 }
 """coinrun: the paper's, Appendix F; moving: ours, of the same size, with decoders that move the last frame. Neither has
-run on a GPU yet. tiny: what `make demo` runs. flow: of its size, on pixels. small: as worlds/coinrun-small was trained.
+run on a GPU yet. tiny: what `make demo` runs. flow: of its size, on pixels; latents: on those of
+train_tokenizer.py's preset. small: as worlds/coinrun-small was trained.
 bench: for benchmarks/."""
 
 

@@ -62,6 +62,7 @@ PRESETS = {
     "moving": Config(model=LAMConfig(rotary_space=True, num_codes=8, motion_reach=6)),
     "tiny": TINY,
     "flow": TINY,
+    "latents": TINY,
     "small": dataclasses.replace(
         TINY,
         model=dataclasses.replace(TINY.model, unquantized_steps=400),

@@ -75,6 +75,14 @@ TINY = Config(
     val_interval=275,
     checkpoint_interval=275,
 )
+LATENTS = dataclasses.replace(
+    TINY,
+    model=dataclasses.replace(
+        TINY.model, kind="mae", motion_reach=0, closed_loop=False, picture_blur=0.0, picture_noise=0.0
+    ),
+    num_steps=1000,
+    decay_steps=500,
+)
 PRESETS = {
     "coinrun": Config(),
     "moving": Config(
@@ -90,18 +98,9 @@ PRESETS = {
         val_interval=1000,
         checkpoint_interval=500,
     ),
+    "latents": LATENTS,
     "mae": dataclasses.replace(
-        TINY,
-        model=dataclasses.replace(
-            TINY.model,
-            kind="mae",
-            frame_shape=(128, 128, 3),
-            patch_size=16,
-            motion_reach=0,
-            closed_loop=False,
-            picture_blur=0.0,
-            picture_noise=0.0,
-        ),
+        LATENTS, model=dataclasses.replace(LATENTS.model, frame_shape=(128, 128, 3), patch_size=16)
     ),
     "bench": Config(
         model=TokenizerConfig(width=128, num_heads=4, num_blocks=4, patch_size=8),
@@ -113,7 +112,7 @@ moving: ours, of the same size, with decoders that move the last frame; judged a
 
 tiny: what `make demo` runs, `python train_tokenizer.py --preset tiny`; its decoder moves the last frame.
 small: the same model trained for longer, as for worlds/coinrun-small.
-mae: latents in the place of tokens, for frames of 128 × 128 and more; a few minutes on a CPU.
+latents: these in the place of tokens, for `train_dynamics.py --preset latents`; mae: for frames of 128 × 128 and more.
 bench: for benchmarks/ only.
 """
 
