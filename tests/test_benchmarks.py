@@ -47,7 +47,9 @@ def test_a_training_step_lowers_for_a_gpu(model, attention, monkeypatch):
     assert {f"__cudnn$fmhaSoftmax{way}" in program for way in ("", "Backward")} == {attention == "cudnn"}
 
 
-@pytest.mark.parametrize(("preset", "kind"), [("tiny", "maskgit"), ("tiny", "maskgit_head"), ("flow", "")])
+@pytest.mark.parametrize(
+    ("preset", "kind"), [("tiny", "maskgit"), ("tiny", "maskgit_head"), ("tiny", "causal"), ("flow", "")]
+)
 def test_sample(capsys, preset, kind):
     values = figures(capsys, sample.main, sample.Config(json=True, preset=preset, kind=kind, steps=2, repeats=1))
     assert values["frames_per_s"] == pytest.approx(1e3 / values["frame_ms"])
