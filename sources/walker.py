@@ -95,8 +95,7 @@ class Walker:
         good_N = self._good(self._tries, state, self._jumps)[0]
         good_N[trouble + 1 :] = False
         if good_N.any():
-            steps = self._best(good_N)
-            return self._jumps[steps]
+            return self._jumps[self._best(good_N)]
         good_N, lived_N = self._good(self._others, state, self._detours)
         if good_N.any():
             return self._detours[int(good_N.argmax())]
