@@ -112,7 +112,7 @@ def own_data(cfg: Config, root: Path) -> str:
 
 
 MINUTES = {"tiny": 5, "flow": 8, "latents": 9, "small": 130}
-"""Of trainings and measurement on two cores, with frames of 64 × 64 (benchmarks/RESULTS.md); of latents by its parts."""
+"""Of trainings and measurement on two cores, 64 × 64 pixels (benchmarks/RESULTS.md); of latents by its parts."""
 
 
 def estimate(cfg: Config, summary: dict[str, Any]) -> str:
