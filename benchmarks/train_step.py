@@ -77,12 +77,18 @@ def setting(cfg: Config) -> tuple[TrainConfig, Callable[[], TrainState], Callabl
     return train_cfg, lambda: TrainState.create(build(), trainable, optimizer, False), train_step, flops
 
 
-def batch_of(cfg: Config, train_cfg: TrainConfig) -> Batch:
-    """Noise in the place of clips, or of their tokens."""
+def batch_of(cfg: Config, train_cfg: Any) -> Batch:
+    """Noise in the place of clips, or of their tokens.
+
+    Raises:
+      InputError: There are none of this preset.
+    """
     B, T = train_cfg.batch_size, train_cfg.seq_len
-    tokenizer = train_tokenizer.PRESETS[cfg.preset].model
     if not cfg.from_tokens:
-        return Batch(random_frames((B, T, *tokenizer.frame_shape)))
+        return Batch(random_frames((B, T, *train_cfg.model.frame_shape)))
+    if cfg.preset not in train_tokenizer.PRESETS:
+        raise InputError(f"`from_tokens`: `preset` {cfg.preset} has no tokenizer; leave it out")
+    tokenizer = train_tokenizer.PRESETS[cfg.preset].model
     rng, lam = np.random.default_rng(0), train_lam.PRESETS[cfg.preset].model
     tokens = rng.integers(0, tokenizer.num_codes, (B, T, tokenizer.num_patches), np.uint16)
     return Batch(tokens_BTN=tokens, latent_actions_BT=rng.integers(0, lam.num_codes, (B, T), np.uint8))

@@ -1,11 +1,13 @@
 """The benchmarks run and print what they promise; their figures are not judged here."""
 
+import dataclasses
 import json
 
 import jax
 import pytest
 
 from benchmarks import attention, checkpoint, dataloader, generate, inverse_dynamics, sample, train_step
+from models.errors import InputError
 
 
 def figures(capsys, main, cfg):
@@ -76,6 +78,13 @@ def test_checkpoint(capsys, tmp_path):
     values = figures(capsys, checkpoint.main, cfg)
     assert values["size_mib"] > 1
     assert values["call_ms"] > 0
+
+
+def test_a_preset_without_a_tokenizer_has_frames_to_train_on_and_no_tokens(capsys):
+    cfg = train_step.Config(json=True, model="dynamics", preset="flow", batch_size=1, steps=2)
+    assert figures(capsys, train_step.main, cfg)["step_ms"] > 0
+    with pytest.raises(InputError, match="`from_tokens`: `preset` flow has no tokenizer"):
+        train_step.batch_of(dataclasses.replace(cfg, from_tokens=True), train_step.setting(cfg)[0])
 
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [("float32", 0, 1e-6), ("bfloat16", 1e-4, 0.03)])
