@@ -32,8 +32,8 @@ class Config:
     """Your own data: a dataset, or a folder of videos, arrays or pictures. Empty records CoinRun."""
     output_dir: str = ""
     """Where everything goes; default: runs/demo, or runs/<name of your data>."""
-    preset: Literal["tiny", "flow", "latents", "small"] = "tiny"
-    """Of the trainings, of which a flow needs no tokenizer's; small wants --num_episodes 600."""
+    preset: Literal["tiny", "flow", "latents", "small"] = "latents"
+    """Of the trainings, of which a flow needs no tokenizer's; tiny has tokens; small wants --num_episodes 600."""
     num_episodes: int = 100
     """Episodes of CoinRun, without backgrounds and in one theme."""
     height: int = 64
@@ -111,8 +111,8 @@ def own_data(cfg: Config, root: Path) -> str:
     return str(inspection / "dataset" if fix else data)
 
 
-MINUTES = {"tiny": 5, "flow": 8, "latents": 9, "small": 130}
-"""Of trainings and measurement on two cores, 64 × 64 pixels (benchmarks/RESULTS.md); of latents by its parts."""
+MINUTES = {"tiny": 5, "flow": 8, "latents": 4, "small": 130}
+"""Of trainings and measurement on two cores, 64 × 64 pixels (benchmarks/RESULTS.md)."""
 
 
 def estimate(cfg: Config, summary: dict[str, Any]) -> str:

@@ -77,7 +77,7 @@ def main(cfg: Config) -> None:
     results: dict[str, Result] = {}
     for name, checkpoint in checkpoints.items():
         began, kind = time.perf_counter(), stored[name]["kind"]
-        if kind == "agent":
+        if kind in ("agent", "actor_critic"):
             raise InputError(f"`checkpoint` {checkpoint}: holds a policy, which evaluate_policy.py measures")
         if several and kind != "world":
             raise InputError(f"`checkpoint` {checkpoint}: holds a {kind}; several checkpoints must be worlds")

@@ -105,7 +105,12 @@ PRESETS = {
     ),
     "tiny": TINY,
     "flow": FLOW,
-    "latents": dataclasses.replace(FLOW, model=DynamicsConfig(**SIZE, kind="flow", space="latents", num_blocks=2)),
+    "latents": dataclasses.replace(
+        FLOW,
+        model=DynamicsConfig(**SIZE, kind="flow", space="latents", num_blocks=2),
+        num_steps=600,
+        decay_steps=350,
+    ),
     "small": dataclasses.replace(
         TINY,
         model=dataclasses.replace(TINY.model, num_blocks=4),
@@ -124,8 +129,8 @@ PRESETS = {
     ),
 }
 """coinrun: the paper's, Appendix F; moving: ours, of the same size, with decoders that move the last frame. Neither has
-run on a GPU yet. tiny: what `make demo` runs. flow: of its size, on pixels; latents: on those of
-train_tokenizer.py's preset. small: as worlds/coinrun-small was trained.
+run on a GPU yet. tiny: ours on two cores of a CPU. flow: of its size, on pixels; latents: on those of
+train_tokenizer.py's preset, what `make demo` runs. small: as worlds/coinrun-small was trained.
 bench: for benchmarks/."""
 
 

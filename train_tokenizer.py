@@ -80,8 +80,10 @@ LATENTS = dataclasses.replace(
     model=dataclasses.replace(
         TINY.model, kind="mae", motion_reach=0, closed_loop=False, picture_blur=0.0, picture_noise=0.0
     ),
-    num_steps=1000,
-    decay_steps=500,
+    num_steps=800,
+    decay_steps=400,
+    val_interval=400,
+    checkpoint_interval=400,
 )
 PRESETS = {
     "coinrun": Config(),
@@ -110,9 +112,9 @@ PRESETS = {
 """coinrun: the paper's, Appendix F; not run on a GPU yet.
 moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has run it.
 
-tiny: what `make demo` runs, `python train_tokenizer.py --preset tiny`; its decoder moves the last frame.
+tiny: in minutes on two cores of a CPU, `python train_tokenizer.py --preset tiny`; its decoder moves the last frame.
 small: the same model trained for longer, as for worlds/coinrun-small.
-latents: these in the place of tokens, for `train_dynamics.py --preset latents`; mae: for frames of 128 × 128 and more.
+latents: these in the place of tokens, what `make demo` runs; mae: for frames of 128 × 128 and more.
 bench: for benchmarks/ only.
 """
 

@@ -64,10 +64,18 @@ class Shooter:
 
 def worth(judged: Judged) -> jax.Array:
     """Expected discounted reward of plans (B, S), less what losing costs, (B,)."""
-    lasts_BS = jnp.cumprod(1 - judged.end_X, axis=1)
-    before_BS = jnp.pad(lasts_BS[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)
-    value_BS = judged.reward_X - LOSS * (judged.end_X - judged.solved_X)
-    return jnp.sum(DISCOUNT ** jnp.arange(value_BS.shape[1]) * before_BS * value_BS, axis=1)
+    value_BS = earned(judged)
+    return jnp.sum(DISCOUNT ** jnp.arange(value_BS.shape[1]) * reached(judged) * value_BS, axis=1)
+
+
+def earned(judged: Judged) -> jax.Array:
+    """Expected reward of actions (B, S), less what losing costs."""
+    return judged.reward_X - LOSS * (judged.end_X - judged.solved_X)
+
+
+def reached(judged: Judged) -> jax.Array:
+    """Probability that none of the actions (B, S) before one has ended the level."""
+    return jnp.cumprod(jnp.pad(1.0 - judged.end_X[:, :-1], ((0, 0), (1, 0)), constant_values=1.0), axis=1)
 
 
 def repeat(state: Any, times: int) -> Any:

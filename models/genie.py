@@ -17,12 +17,12 @@ from models.causal import Causal
 from models.dynamics import Dynamics, DynamicsConfig, TokenDynamics
 from models.errors import InputError, check_patch_size
 from models.flow import Flow
-from models.heads import Heads, HeadsConfig, Judged
+from models.heads import BINS, Heads, HeadsConfig, Judged
 from models.lam import LAM, LAMConfig
 from models.maskgit import MaskGIT
 from models.maskgit_head import MaskGITHead
 from models.nn import Compute, num_patches
-from models.policy import Agent, AgentConfig, PolicyConfig
+from models.policy import Agent, AgentConfig, Policy, PolicyConfig
 from models.sampling import SamplingConfig
 from models.stored import all_steps, first_line, newest_whole, read_items
 from models.tokenizer import Tokenizer, TokenizerConfig
@@ -105,6 +105,29 @@ class World(nnx.Module):
         return self.heads(state.hidden_BNM, self.dynamics.embed_actions(action_B))
 
 
+@dataclasses.dataclass(frozen=True)
+class ActorCriticConfig:
+    """What makes up an agent that learns in a world."""
+
+    agent: AgentConfig
+    world: WorldConfig
+
+
+class ActorCritic(nnx.Module):
+    """An agent that learns in a world, which stays as it is.
+
+    critic: Says what lies ahead of a frame, as a distribution over `models.heads.bins`.
+    clone: The policy as it was at first.
+    """
+
+    def __init__(self, cfg: ActorCriticConfig, compute: Compute, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.agent = Agent(cfg.agent, compute, rngs)
+        self.critic = Policy(dataclasses.replace(cfg.agent.policy, num_actions=BINS), compute, rngs)
+        self.clone = Policy(cfg.agent.policy, compute, rngs)
+        self.world = World(cfg.world, compute, rngs)
+
+
 def sized(cfg: DynamicsConfig, tokenizer: TokenizerConfig | None, frame_shape: tuple[int, int, int]) -> DynamicsConfig:
     """A dynamics model's configuration with the sizes that its tokenizer has; without one, those of its own patches.
 
@@ -126,7 +149,10 @@ KINDS: dict[str, tuple[type, type]] = {
     "lam": (LAM, LAMConfig),
     "world": (World, WorldConfig),
     "agent": (Agent, AgentConfig),
+    "actor_critic": (ActorCritic, ActorCriticConfig),
 }
+PARTS = {"world": ("tokenizer", "lam"), "actor_critic": ("agent",)}
+"""What can be taken out of the checkpoint of a whole."""
 Model = TypeVar("Model", Tokenizer, LAM, World, Agent)
 
 
@@ -165,6 +191,8 @@ def model_config(kind: str, fields: dict[str, Any]) -> Any:
         return AgentConfig(
             policy=_as_config(PolicyConfig, fields["policy"]), lam=None if lam is None else model_config("lam", lam)
         )
+    if kind == "actor_critic":
+        return ActorCriticConfig(**{name: model_config(name, fields[name]) for name in ("agent", "world")})
     return _as_config(KINDS[kind][1], fields)
 
 
@@ -179,17 +207,17 @@ def stored_sampling(path: str | Path) -> SamplingConfig:
 
 
 def stored_model_config(path: str | Path, kind: str) -> Any:
-    """The configuration of the model of a checkpoint, or of the tokenizer or the LAM in that of a world.
+    """The configuration of the model of a checkpoint, or of a part of it (`PARTS`).
 
     Raises:
       InputError: There is no checkpoint, or it is of another kind.
     """
     config = read_config(path)
     cfg = model_config(config["kind"], config["model"])
-    if config["kind"] == "world" and kind in ("tokenizer", "lam") and getattr(cfg, kind):
+    if kind in PARTS.get(config["kind"], ()) and getattr(cfg, kind):
         return getattr(cfg, kind)
     if config["kind"] != kind:
-        held, needed = (f"an {name}" if name == "agent" else f"a {name}" for name in (config["kind"], kind))
+        held, needed = (f"an {name}" if name[0] == "a" else f"a {name}" for name in (config["kind"], kind))
         raise InputError(f"{path}: holds {held}, but {needed} is needed")
     return cfg
 
@@ -199,15 +227,15 @@ def load(path: str | Path, kind: str, compute: Compute = Compute(), step: int | 
 
     Args:
       path: The folder that holds `config.json`: a training's, or that of an exported world.
-      kind: "tokenizer", "lam", "world" or "agent"; the former two are also taken out of a world.
+      kind: One of `KINDS`; also what is part of another one (`PARTS`).
       step: Which checkpoint; by default the latest that is whole, with a warning if a later one is damaged. The moving
         average of the parameters is taken where there is one.
     Raises:
       InputError: There is no checkpoint, or it is damaged or of another kind.
     """
     cfg = stored_model_config(path, kind)
-    if kind != "world" and read_config(path)["kind"] == "world":
-        return getattr(load(path, "world", compute, step), kind)
+    if (whole := read_config(path)["kind"]) != kind:
+        return getattr(load(path, whole, compute, step), kind)
     model = nnx.eval_shape(lambda: KINDS[kind][0](cfg, compute, nnx.Rngs(0)))
     graphdef, abstract = nnx.split(model)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -11,7 +11,7 @@ FLOORS = {"models": 0, "utils": 1, "sources": 2, "evaluation": 2, "player": 2, "
 """Rooms by floor: each may import from itself and from lower floors, but from no other room on its own floor."""
 SCRIPTS = 3
 """The floor of the scripts at the root, each of which is a room of its own."""
-TRAININGS = ("train_tokenizer", "train_lam", "train_dynamics", "train_policy")
+TRAININGS = ("train_tokenizer", "train_lam", "train_dynamics", "train_policy", "train_actor_critic")
 BLOCKS_MAY_USE = {"models", "models.errors", "models.init", "models.kernels"}
 NO_CODE = ("data", "runs", "wandb")
 

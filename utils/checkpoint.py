@@ -37,6 +37,7 @@ from utils.state import TrainState
 
 HARMLESS = {
     *("ckpt_dir", "data_dir", "tokenizer_checkpoint", "lam_checkpoint", "init_from"),
+    *("policy_checkpoint", "world_checkpoint"),
     *("log", "entity", "project", "run_name", "tensorboard", "profile", "debug_nans", "log_gradients", "deterministic"),
     *("log_interval", "val_interval", "val_batches", "checkpoint_interval", "keep_latest", "keep_every", "keep_best"),
     *("steps", "temperature", "order", "top_k", "top_p"),  # of sampling
@@ -143,7 +144,8 @@ def _defaults(model: Any) -> dict[str, Any]:
     parts = {name: part for name, part in parts.items() if dataclasses.is_dataclass(part)}
     if parts:
         return {name: _defaults(part) for name, part in parts.items()}
-    return dataclasses.asdict(type(model)())
+    fields = dataclasses.fields(model)
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
