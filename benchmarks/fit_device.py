@@ -45,7 +45,7 @@ class Config:
     """Over how many hosts GPUs are spread."""
     model: tuple[Literal["tokenizer", "lam", "dynamics", "sample"], ...] = ("tokenizer", "lam", "dynamics", "sample")
     """Trainings, and the sampling of one frame."""
-    preset: Literal["bench", "tiny", "flow", "small", "coinrun", "moving", "mae"] = "coinrun"
+    preset: Literal["bench", "tiny", "flow", "latents", "small", "coinrun", "moving", "mae"] = "coinrun"
     """Their size; mae is of the tokenizer alone."""
     batch_size: int = 0
     """Clips in a global batch, or videos sampled together; 0: the preset's, and one video."""

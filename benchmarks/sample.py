@@ -25,7 +25,7 @@ from utils.cli import run
 class Config(Output):
     """Measures a rollout from one prompt frame to the end of the window, of a world with random parameters."""
 
-    preset: Literal["bench", "tiny", "flow", "small", "coinrun", "moving"] = "bench"
+    preset: Literal["bench", "tiny", "flow", "latents", "small", "coinrun", "moving"] = "bench"
     """Size of the three models."""
     kind: Literal["", "maskgit", "maskgit_head", "causal"] = ""
     """Kind of the dynamics model, one over tokens; default: the preset's."""
@@ -95,14 +95,13 @@ def main(cfg: Config) -> None:
     # Work of one frame: its making in each step and once more to be kept, and its decoding.
     dynamics = world.cfg.dynamics
     state = jax.eval_shape(lambda: start_rollout(world, prompt, actions[:, :0]))
-    # What of a state is read in each step, and what once a frame.
-    again, once = (state.dynamics, state.decoder) if world.tokenizer else ((), state.backbone)
-    if dynamics.kind == "maskgit_head":  # its head sees no frame but the last
-        again, once = (), (again, once)
+    caches = [getattr(state, name, None) for name in ("dynamics", "backbone", "decoder")]
+    # What of a state is read in each step; the heads of the other kinds see no frame but the last.
+    again = caches[:1] if dynamics.kind in ("maskgit", "causal") else []
     parameters = _bytes(nnx.state(world.dynamics))
     reads = dynamics.num_patches if dynamics.kind == "causal" else cfg.steps + 1
     work = B * frame_flops(world, sampling)
-    limits = floor(work, reads * (parameters + _bytes(again)) + _bytes((again, once)), dtype)
+    limits = floor(work, reads * (parameters + _bytes(again)) + _bytes(caches), dtype)
     values: dict[str, Any] = {
         "rollout_s": rollout_s,
         "frame_ms": 1e3 * rollout_s / S,

@@ -37,7 +37,7 @@ class Config(Output, Compute):
 
     model: Literal["tokenizer", "lam", "dynamics"] = "tokenizer"
     """Which training."""
-    preset: Literal["bench", "tiny", "flow", "small", "coinrun", "moving", "mae"] = "bench"
+    preset: Literal["bench", "tiny", "flow", "latents", "small", "coinrun", "moving", "mae"] = "bench"
     """Its size, batch included; mae is of the tokenizer alone."""
     from_tokens: bool = False
     """For the dynamics model: from stored tokens and latent actions instead of from frames."""

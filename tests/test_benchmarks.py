@@ -50,7 +50,8 @@ def test_a_training_step_lowers_for_a_gpu(model, attention, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("preset", "kind"), [("tiny", "maskgit"), ("tiny", "maskgit_head"), ("tiny", "causal"), ("flow", "")]
+    ("preset", "kind"),
+    [("tiny", "maskgit"), ("tiny", "maskgit_head"), ("tiny", "causal"), ("flow", ""), ("latents", "")],
 )
 def test_sample(capsys, preset, kind):
     values = figures(capsys, sample.main, sample.Config(json=True, preset=preset, kind=kind, steps=2, repeats=1))
