@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from agents.clones import same_lam
-from agents.imagination import Imagined, Lesson, imagine_by, lesson
+from agents.imagination import Imagined, Targets, imagine_by, targets
 from agents.planning import reached, worth
 from models import flops
 from models.errors import InputError
@@ -29,11 +29,12 @@ from models.genie import (
     stored_sampling,
 )
 from models.heads import two_hot
-from models.policy import Agent
+from models.policy import Agent, Policy
 from models.sampling import SamplingConfig
 from utils.cli import run
 from utils.data import Batch
 from utils.mixture import open_split
+from utils.records import Metadata
 from utils.state import TrainState, apply_gradients, gradients
 from utils.train import TrainConfig, fit, start
 
@@ -48,17 +49,17 @@ class Config(TrainConfig):
     """--ckpt_dir of the training of a world with heads, or an exported one."""
     horizon: int = 15
     """Actions to imagine from each prompt, which is a window of --seq_len frames."""
-    entropy: float = 3e-4
-    """Weight of the entropy of the policy's choices, which keeps it trying."""
-    stay: float = 0.1
-    """Weight of its divergence, in nats, from the policy that it began with: no world is right about everything."""
+    entropy_weight: float = 3e-4
+    """Of the entropy of the policy's choices, which keeps it trying."""
+    kl_weight: float = 0.05
+    """Of its divergence, in nats, from the policy that it began with: no world is right about everything."""
     ckpt_dir: str = "runs/actor_critic"
     """Folder of this training: checkpoints, config.json, metrics.jsonl, images. Running again resumes."""
     num_steps: int = 10_000
     """Steps to train in all; a finished training goes on if this grows."""
-    seq_len: int = 4
-    """Frames of a prompt."""
-    learning_rate: float = 3e-5
+    seq_len: int = 5
+    """Frames of a prompt, more than a choice sees."""
+    learning_rate: float = 1e-4
     """Peak learning rate."""
     warmup_steps: int = 100
     """Steps of linear warm-up from zero; at most a tenth of a run too short for the recipe."""
@@ -67,7 +68,7 @@ class Config(TrainConfig):
         super().__post_init__()
         if self.horizon < 1:
             raise InputError(f"`horizon` {self.horizon}: must be at least 1")
-        for name in ("entropy", "stay"):
+        for name in ("entropy_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise InputError(f"`{name}` {getattr(self, name)}: must not be negative")
         if self.pad_short or self.init_from:
@@ -79,6 +80,7 @@ PRESETS = {
     "tiny": Config(
         batch_size=16,
         num_steps=300,
+        learning_rate=5e-4,
         warmup_steps=20,
         decay_steps=100,
         beta2=0.95,
@@ -90,37 +92,42 @@ PRESETS = {
 }
 """coinrun: for a policy of that preset; not run on a GPU yet. tiny: for those of `make agent`, on a CPU."""
 
+TRAINABLE = nnx.All(nnx.Param, nnx.Any(nnx.PathContains("policy"), nnx.PathContains("critic")))
+"""Policy and critic; the agent's LAM, the clone and the world stay as they are."""
 
-def imagine(model: ActorCritic, batch: Batch, key: jax.Array, cfg: Config, sampling: SamplingConfig) -> Imagined:
-    """Rollouts of the policy from a batch's frames."""
-    frames, world = batch.frames_BTHWC.astype(jnp.float32) / 255, model.world
+
+def imagine(
+    policy: Policy, world: World, batch: Batch, key: jax.Array, cfg: Config, sampling: SamplingConfig
+) -> Imagined:
+    """Rollouts of a policy from a batch's frames."""
+    frames = batch.frames_BTHWC.astype(jnp.float32) / 255
     actions_BTm1 = batch.actions_BT[:, :-1] if world.lam is None else world.infer_actions(frames)
-    return imagine_by(model.agent.policy, world, frames, actions_BTm1, cfg.horizon, key, sampling)
+    return imagine_by(policy, world, frames, actions_BTm1, cfg.horizon, key, sampling)
 
 
-def loss_fn(model: ActorCritic, given: tuple[Imagined, Lesson], cfg: Config) -> tuple[jax.Array, tuple]:
+def loss_fn(model: ActorCritic, given: tuple[Imagined, Targets], cfg: Config) -> tuple[jax.Array, tuple]:
     """The actor's loss, REINFORCE with the critic's advantages, and the critic's cross-entropy."""
-    (frames, actions_BH, _), (returns_BH, advantages_BH, reached_BH) = given
-    before = frames[:, :-1]  # the last action comes before the last frame
-    log_p_BHA, log_q_BHA = (
+    (frames_BTHWC, actions_BS, _), (returns_BS, advantages_BS, reached_BS) = given
+    before = frames_BTHWC[:, :-1]  # the last action comes before the last frame
+    log_p_BSA, log_q_BSA = (
         jax.nn.log_softmax(policy(before).logits_BTA) for policy in (model.agent.policy, model.clone)
     )
-    p_BHA = jnp.exp(log_p_BHA)
-    taken_BH = jnp.take_along_axis(log_p_BHA, actions_BH[..., None], axis=-1)[..., 0]
-    entropy_BH = -jnp.sum(p_BHA * log_p_BHA, axis=-1)
-    divergence_BH = jnp.sum(p_BHA * (log_p_BHA - jax.lax.stop_gradient(log_q_BHA)), axis=-1)
-    actor_BH = cfg.stay * divergence_BH - cfg.entropy * entropy_BH - advantages_BH * taken_BH
-    critic_BH = optax.softmax_cross_entropy(model.critic(before).logits_BTA, two_hot(returns_BH))
-    mean = lambda x_BH: jnp.mean(reached_BH * x_BH)
-    metrics = {"actor_loss": mean(actor_BH), "critic_loss": mean(critic_BH), "entropy": jnp.mean(entropy_BH)}
-    return mean(actor_BH + critic_BH), (metrics | {"divergence": jnp.mean(divergence_BH)}, ())
+    p_BSA = jnp.exp(log_p_BSA)
+    taken_BS = jnp.take_along_axis(log_p_BSA, actions_BS[..., None], axis=-1)[..., 0]
+    entropy_BS = -jnp.sum(p_BSA * log_p_BSA, axis=-1)
+    divergence_BS = jnp.sum(p_BSA * (log_p_BSA - log_q_BSA), axis=-1)
+    actor_BS = cfg.kl_weight * divergence_BS - cfg.entropy_weight * entropy_BS - advantages_BS * taken_BS
+    critic_BS = optax.softmax_cross_entropy(model.critic(before).logits_BTA, two_hot(returns_BS))
+    mean = lambda x_BS: jnp.mean(reached_BS * x_BS)
+    told = {"actor_loss": actor_BS, "critic_loss": critic_BS, "entropy": entropy_BS, "divergence": divergence_BS}
+    return mean(actor_BS + critic_BS), ({name: mean(x_BS) for name, x_BS in told.items()}, ())
 
 
 def outcome(imagined: Imagined) -> dict[str, jax.Array]:
     """What rollouts come to, on average: `worth`, and the probabilities that they end, and that they end solved."""
-    judged, reached_BH = imagined.judged, reached(imagined.judged)
+    judged, reached_BS = imagined.judged, reached(imagined.judged)
     ends = {"ended": judged.end_X, "solved": judged.solved_X}
-    sums = {name: jnp.sum(reached_BH * end_BH, axis=1) for name, end_BH in ends.items()}
+    sums = {name: jnp.sum(reached_BS * end_BS, axis=1) for name, end_BS in ends.items()}
     return {name: jnp.mean(value_B) for name, value_B in (sums | {"worth": worth(judged)}).items()}
 
 
@@ -129,8 +136,8 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One update of policy and critic on rollouts of the policy as it is; agent's LAM, clone and world stay."""
     model = state.model()
-    imagined = jax.lax.stop_gradient(imagine(model, batch, key, cfg, sampling))
-    given = imagined, jax.lax.stop_gradient(lesson(model, imagined))
+    imagined = imagine(model.agent.policy, model.world, batch, key, cfg, sampling)
+    given = imagined, targets(model, imagined)
     grads, metrics, _ = gradients(lambda m, x: loss_fn(m, x, cfg), state, given, cfg.grad_accum)
     state, norms = apply_gradients(state, grads, cfg)
     return state, metrics | outcome(imagined) | norms
@@ -140,37 +147,44 @@ def evaluate(
     model: ActorCritic, batch: Batch, key: jax.Array, cfg: Config, sampling: SamplingConfig
 ) -> tuple[dict, jax.Array]:
     """What the policy comes to, beside the clone from the same prompts with the same dice; shows one over the other."""
-    imagined = imagine(model, batch, key, cfg, sampling)
-    loss, (metrics, _) = loss_fn(model, (imagined, lesson(model, imagined)), cfg)
-    known = {"loss": loss} | metrics | outcome(imagined)
-    model.agent.policy = model.clone
-    by_clone = imagine(model, batch, key, cfg, sampling)
-    known |= {f"{name}_of_clone": value for name, value in outcome(by_clone).items()}
-    return known, jnp.stack([imagined.frames_BSHWC[0], by_clone.frames_BSHWC[0]])
+    of_policy, of_clone = (
+        imagine(policy, model.world, batch, key, cfg, sampling) for policy in (model.agent.policy, model.clone)
+    )
+    loss, (metrics, _) = loss_fn(model, (of_policy, targets(model, of_policy)), cfg)
+    known = {"loss": loss} | metrics | outcome(of_policy)
+    known |= {f"{name}_of_clone": value for name, value in outcome(of_clone).items()}
+    return known, jnp.stack([of_policy.frames_BTHWC[0], of_clone.frames_BTHWC[0]])
 
 
-def load_parts(cfg: Config) -> tuple[Agent, World]:
+def load_parts(cfg: Config, metadata: Metadata) -> tuple[Agent, World]:
     """The policy and the world.
 
     Raises:
       InputError: They do not fit together, or not the prompts.
     """
     agent, world = load_agent(cfg.policy_checkpoint), load_world(cfg.world_checkpoint)
-    if world.heads is None:
+    if world.heads is None or "reward" not in world.heads.cfg.names:
         raise InputError(
-            f"`world_checkpoint` {cfg.world_checkpoint}: has no heads; train it with train_dynamics.py --heads "
-            "reward,end"
+            f"`world_checkpoint` {cfg.world_checkpoint}: has no head for rewards; train it with train_dynamics.py "
+            "--heads reward,end"
         )
+    here, there, shape = agent.cfg.policy.num_actions, world.num_actions, metadata.frame_shape
     fits = same_lam(agent.lam, world.lam) if agent.lam and world.lam else not agent.lam and not world.lam
-    if not fits or agent.cfg.policy.num_actions != world.num_actions:
+    if not fits or here != there:
         raise InputError(
-            f"`policy_checkpoint` {cfg.policy_checkpoint}: its actions are not those of {cfg.world_checkpoint}; train "
-            "it with that as its --lam_checkpoint, or both on true actions"
+            f"`policy_checkpoint` {cfg.policy_checkpoint}: its {here} actions are not the {there} of "
+            f"{cfg.world_checkpoint}; train it with that as its --lam_checkpoint, or both on true actions"
         )
-    context, window = agent.cfg.policy.context, world.cfg.window
-    if not context <= cfg.seq_len < window:
+    for name, part in (("policy", agent), ("world", world)):
+        if (of := part.cfg.frame_shape) != shape:
+            raise InputError(f"`{name}_checkpoint`: made for frames of {of}, but {cfg.data_dir} has {shape}")
+    if world.lam is None and metadata.num_actions != there:
+        raise InputError(f"`data_dir` {cfg.data_dir}: has {metadata.num_actions} actions, the world {there}")
+    context, window = max(agent.cfg.policy.context, 2), world.cfg.window
+    if not context < cfg.seq_len < window:
         raise InputError(
-            f"`seq_len` {cfg.seq_len}: must be at least the policy's {context} frames, and below the world's {window}"
+            f"`seq_len` {cfg.seq_len}: must be above {context}, of which a choice and its latent actions are made, and "
+            f"below the {window} frames that the world sees"
         )
     return agent, world
 
@@ -193,12 +207,8 @@ def clip_flops(cfg: Config, model_cfg: ActorCriticConfig, sampling: SamplingConf
 
 def main(cfg: Config) -> None:
     cfg = start(cfg)
-    agent, world = load_parts(cfg)
     train, val = (open_split(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
-    if (found := train.metadata.frame_shape) != agent.cfg.frame_shape:
-        raise InputError(f"`data_dir` {cfg.data_dir}: frames of {found}, the policy's are {agent.cfg.frame_shape}")
-    if world.lam is None and not train.metadata.has_actions:
-        raise InputError(f"`data_dir` {cfg.data_dir}: has no actions, which this world takes")
+    agent, world = load_parts(cfg, train.metadata)
     model_cfg, sampling = ActorCriticConfig(agent.cfg, world.cfg), stored_sampling(cfg.world_checkpoint)
 
     fit(
@@ -210,9 +220,9 @@ def main(cfg: Config) -> None:
         evaluate=lambda model, batch, key: evaluate(model, batch, key, cfg, sampling),
         train=train,
         val=val,
-        trainable=nnx.All(nnx.Param, nnx.Any(nnx.PathContains("policy"), nnx.PathContains("critic"))),
+        trainable=TRAINABLE,
         initialise=lambda model: begin(model, agent, world),
-        parts={"policy": fingerprint(agent), "world": fingerprint(world)},
+        parts={"policy": fingerprint(agent), "world": fingerprint(world), "sampling": str(sampling)},
         clip_flops=clip_flops(cfg, model_cfg, sampling),
     )
 

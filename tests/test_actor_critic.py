@@ -17,7 +17,8 @@ from flax import nnx
 
 import train_actor_critic
 import train_policy
-from agents.imagination import TRACE, expected, imagine_by, lambda_returns, lesson
+from agents.imagination import LAMBDA, Imagined, expected, imagine_by, lambda_returns, targets
+from agents.labels import label
 from agents.planning import DISCOUNT, LOSS
 from models.dynamics import DynamicsConfig
 from models.errors import InputError
@@ -27,8 +28,10 @@ from models.genie import (
     ActorCriticConfig,
     World,
     WorldConfig,
+    load,
     load_agent,
     load_world,
+    read_config,
     write_parameters,
 )
 from models.heads import BINS, HeadsConfig, Judged, two_hot
@@ -38,7 +41,7 @@ from models.policy import AgentConfig, Policy, PolicyConfig
 from models.sampling import SamplingConfig
 from models.tokenizer import TokenizerConfig
 from tests.conftest import CACHE, make_clip
-from utils.data import Batch
+from utils.data import Batch, ClipSource
 from utils.optim import OptimConfig, make_optimizer
 from utils.records import Metadata, write_metadata, write_shard
 from utils.state import TrainState
@@ -75,55 +78,62 @@ def count_of(frames: jax.Array) -> np.ndarray:
 
 
 class Counter(nnx.Module):
-    """The counter as a world; its state is the count."""
+    """The counter as a world; its state is the count.
+
+    asked: Prompts and the actions between, of the last start.
+    """
 
     def __init__(self):
+        self.scale = nnx.Param(jnp.ones(()))  # which nothing may teach
         self.cfg = types.SimpleNamespace(window=5, heads=TRUE.heads)
         self.tokenizer = self.lam = None
         self.dynamics = self
 
     def start(self, tokenizer, frames, actions, window):
+        assert frames.shape[1] == actions.shape[1] + 1
         each = picture(jnp.arange(PLACES)).reshape(PLACES, -1)
         return jnp.argmax(frames[:, -1].reshape(len(frames), -1) @ each.T, axis=-1)
 
     def next_frame(self, tokenizer, count_B, action_B, key, sampling):
-        return picture(count_B + action_B), count_B + action_B
+        return self.scale[...] * picture(count_B + action_B), count_B + action_B
 
     def judge(self, count_B, action_B):
         ends = ((count_B >= ENDS) & (action_B == 1)).astype(jnp.float32)
         return Judged(10.0 * ((count_B == EARNS) & (action_B == 1)), ends, 0.0 * ends)
 
 
-def rollouts(counts, horizon: int, seed: int = 0):
-    policy, frames = Policy(POLICY, Compute(), nnx.Rngs(0)), picture(jnp.array(counts))[:, None].repeat(2, axis=1)
-    return jax.jit(
-        lambda frames, key: imagine_by(
-            policy, Counter(), frames, jnp.zeros((len(frames), 1), int), horizon, key, SAMPLING
-        )
-    )(frames, jax.random.key(seed))
+def prompts(counts) -> jax.Array:
+    """Frames before a count, and that: more than a choice sees."""
+    return picture(jnp.array(counts)[:, None] + jnp.array([-2, -1, 0]))
+
+
+def rollouts(counts, horizon: int) -> Imagined:
+    policy, frames, actions = Policy(POLICY, Compute(), nnx.Rngs(0)), prompts(counts), jnp.ones((len(counts), 2), int)
+    play = lambda frames, key: imagine_by(policy, Counter(), frames, actions, horizon, key, SAMPLING)
+    return jax.jit(play)(frames, jax.random.key(0))
 
 
 def test_what_is_imagined_belongs_together():
     """Action h was chosen after frame h and led to frame h + 1, and what is judged is that action from frame h."""
-    frames, actions_BH, judged = rollouts([0, 1, 2, 3, 5, 6] * 4, horizon=4)
-    count_BHp1 = count_of(frames[:, POLICY.context - 1 :])
-    before_BH, actions_BH = count_BHp1[:, :-1], np.asarray(actions_BH)
-    assert len(np.unique(actions_BH)) == 2
-    np.testing.assert_array_equal(np.minimum(before_BH + actions_BH, PLACES - 1), count_BHp1[:, 1:])
-    np.testing.assert_array_equal(judged.reward_X, 10.0 * ((before_BH == EARNS) & (actions_BH == 1)))
-    np.testing.assert_array_equal(judged.end_X, (before_BH >= ENDS) & (actions_BH == 1))
-    np.testing.assert_array_equal(frames[:, 0], frames[:, 1])  # what a choice sees of the prompt
+    counts = np.array([2, 3, 4, 5, 6] * 5)
+    frames, actions_BS, judged = rollouts(counts, horizon=4)
+    count_BSp1 = count_of(frames[:, POLICY.context - 1 :])
+    before_BS, actions_BS = count_BSp1[:, :-1], np.asarray(actions_BS)
+    assert len(np.unique(actions_BS)) == 2
+    np.testing.assert_array_equal(np.minimum(before_BS + actions_BS, PLACES - 1), count_BSp1[:, 1:])
+    np.testing.assert_array_equal(judged.reward_X, 10.0 * ((before_BS == EARNS) & (actions_BS == 1)))
+    np.testing.assert_array_equal(judged.end_X, (before_BS >= ENDS) & (actions_BS == 1))
+    np.testing.assert_array_equal(count_of(frames[:, :2]), np.stack([counts - 1, counts], axis=1))  # of the prompt
 
 
 def test_choices_see_what_was_imagined():
     """Drawn from the policy's own distribution over what stands before each action."""
     policy = Policy(POLICY, Compute(), nnx.Rngs(0))
     policy.action_out.kernel[...] = 50.0 * jax.random.normal(jax.random.key(5), policy.action_out.kernel.shape)
-    frames = picture(jnp.arange(PLACES))[:, None].repeat(2, axis=1)
-    none = jnp.zeros((PLACES, 1), int)
-    imagined = jax.jit(lambda key: imagine_by(policy, Counter(), frames, none, 5, key, SAMPLING))(jax.random.key(0))
-    shares = jax.nn.softmax(policy(imagined.frames_BSHWC[:, :-1]).logits_BTA)
-    taken = jnp.take_along_axis(shares, imagined.actions_BH[..., None], axis=-1)
+    frames, actions = prompts(range(2, PLACES)), jnp.ones((PLACES - 2, 2), int)
+    imagined = jax.jit(lambda key: imagine_by(policy, Counter(), frames, actions, 5, key, SAMPLING))(jax.random.key(0))
+    shares = jax.nn.softmax(policy(imagined.frames_BTHWC[:, :-1]).logits_BTA)
+    taken = jnp.take_along_axis(shares, imagined.actions_BS[..., None], axis=-1)
     sure = np.asarray(shares.max(axis=-1)) > 0.999
     assert sure.sum() > 10
     assert (np.asarray(taken)[..., 0][sure] > 0.5).all()
@@ -133,8 +143,8 @@ def test_returns_by_hand():
     reward, goes_on = np.array([1.0, 0.0, 4.0]), np.array([1.0, 0.5, 0.0])
     values = np.array([7.0, 2.0, 3.0, 100.0])
     last = 4.0  # the level is over: what comes after counts nothing
-    middle = 0.0 + DISCOUNT * 0.5 * ((1 - TRACE) * 3.0 + TRACE * last)
-    first = 1.0 + DISCOUNT * ((1 - TRACE) * 2.0 + TRACE * middle)
+    middle = 0.0 + DISCOUNT * 0.5 * ((1 - LAMBDA) * 3.0 + LAMBDA * last)
+    first = 1.0 + DISCOUNT * ((1 - LAMBDA) * 2.0 + LAMBDA * middle)
     found = lambda_returns(*(jnp.asarray(x)[None] for x in (reward, goes_on, values)))
     np.testing.assert_allclose(found, [[first, middle, last]], rtol=1e-6)
 
@@ -145,14 +155,26 @@ def actor_critic() -> ActorCritic:
     return model
 
 
-def test_a_lesson_counts_losses_and_stops_at_an_end():
+def test_targets_count_losses_and_stop_at_an_end():
     imagined = rollouts([ENDS] * 16, horizon=6)
-    told = jax.jit(lambda imagined: lesson(actor_critic(), imagined))(imagined)
-    ended_BH = np.asarray(imagined.judged.end_X) == 1
-    assert ended_BH.any(axis=1).sum() > 10
-    np.testing.assert_array_equal(told.reached_BH[:, 0], 1)
-    np.testing.assert_array_equal(told.reached_BH[:, 1:], 1 - np.maximum.accumulate(ended_BH, axis=1)[:, :-1])
-    np.testing.assert_allclose(told.returns_BH[ended_BH], -LOSS, atol=1e-5)
+    told = jax.jit(lambda imagined: targets(actor_critic(), imagined))(imagined)
+    ended_BS = np.asarray(imagined.judged.end_X) == 1
+    assert ended_BS.any(axis=1).sum() > 10
+    np.testing.assert_array_equal(told.reached_BS[:, 0], 1)
+    np.testing.assert_array_equal(told.reached_BS[:, 1:], 1 - np.maximum.accumulate(ended_BS, axis=1)[:, :-1])
+    np.testing.assert_allclose(told.returns_BS[ended_BS], -LOSS, atol=1e-5)
+
+
+def test_an_advantage_is_over_the_value_of_the_frame_before_the_action():
+    imagined, model = rollouts([2, 3, 4, 5, 6], horizon=4), actor_critic()
+    model.critic.action_out.kernel[...] = (
+        jax.random.normal(jax.random.key(1), model.critic.action_out.kernel.shape) / 10
+    )
+    told, values = jax.jit(lambda x: (targets(model, x), expected(model.critic(x.frames_BTHWC).logits_BTA)))(imagined)
+    assert values.shape == (5, 5)
+    assert np.ptp(values) > 0.01
+    spread = max(float(np.subtract(*np.percentile(told.returns_BS, [95, 5]))), 1.0)
+    np.testing.assert_allclose(told.advantages_BS * spread, told.returns_BS - values[:, :4], rtol=1e-4, atol=1e-4)
 
 
 def test_a_critic_says_what_it_was_told():
@@ -163,21 +185,18 @@ def test_a_critic_says_what_it_was_told():
 
 def test_a_policy_learns_what_a_counter_pays():
     """It goes on where that earns, and stays where it would be lost; the clone and the world stay as they are."""
-    cfg = train_actor_critic.Config(horizon=4, seq_len=2, stay=0.0, entropy=0.01)
-    trainable = nnx.All(nnx.Param, nnx.Any(nnx.PathContains("policy"), nnx.PathContains("critic")))
+    cfg = train_actor_critic.Config(horizon=4, seq_len=3, kl_weight=0.0, entropy_weight=0.01)
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-2, warmup_steps=1, decay_steps=1, weight_decay=0.0), 10_000)
-    state = TrainState.create(actor_critic(), trainable, optimizer, ema=False)
+    state = TrainState.create(actor_critic(), train_actor_critic.TRAINABLE, optimizer, ema=False)
     assert set(state.params) == {"agent", "critic"}
     before = jax.tree.map(np.array, nnx.to_pure_dict(state.rest))
     counts = np.arange(64) % (ENDS + 1)
-    frames = np.asarray(picture(jnp.asarray(counts))[:, None].repeat(2, axis=1) * 255, np.uint8)
-    batch = Batch(frames, np.zeros((64, 2), np.int32))
+    batch = Batch(np.asarray(prompts(counts) * 255, np.uint8), np.ones((64, 3), np.int32))
     step = jax.jit(lambda state, key: train_actor_critic.train_step(state, batch, key, cfg, SAMPLING))
     for i in range(60):
         state, metrics = step(state, jax.random.key(i))
     policy = state.model().agent.policy
-    each = picture(jnp.arange(ENDS + 1))[:, None].repeat(2, axis=1)
-    goes_on = np.asarray(jax.nn.softmax(policy(each).logits_BTA)[:, 0, 1])
+    goes_on = np.asarray(jax.nn.softmax(policy(prompts(range(ENDS + 1))).logits_BTA)[:, -1, 1])
     assert (goes_on[: EARNS + 1] > 0.8).all(), goes_on
     assert goes_on[ENDS] < 0.2, goes_on
     assert metrics["worth"] > 2
@@ -237,14 +256,20 @@ def variables(agent):
     return nnx.to_pure_dict(nnx.state(agent))
 
 
-def test_what_comes_of_it_is_an_agent(improved, clone):
+def test_what_comes_of_it_is_an_agent(improved, clone, world):
     before, after = variables(load_agent(clone)), variables(load_agent(improved))
     jax.tree.map(np.testing.assert_array_equal, before["lam"], after["lam"])
+    whole = load(improved, "actor_critic")
+    jax.tree.map(np.testing.assert_array_equal, variables(whole.clone), before["policy"])
+    jax.tree.map(np.testing.assert_array_equal, variables(whole.world), variables(load_world(world)))
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before["policy"], after["policy"])
     assert any(jax.tree.leaves(moved))
     rows = [json.loads(line) for line in (improved / "metrics.jsonl").read_text().splitlines()]
     told = next(row for row in rows if "val_worth" in row)
     assert {"val_worth_of_clone", "val_solved", "val_ended_of_clone", "val_divergence"} <= set(told)
+    seq_len = read_config(improved)["train"]["seq_len"]  # as those who label do
+    labelled = label(load_agent(improved), ClipSource(world / "data", "train", seq_len), 4, 0)
+    assert len(labelled.codes_N) == 4
     with pytest.raises(InputError, match="holds an actor_critic, but a world is needed"):
         load_world(improved)
 
@@ -252,7 +277,8 @@ def test_what_comes_of_it_is_an_agent(improved, clone):
 def test_it_resumes_exactly(improved, world, clone, tmp_path):
     improve(world, clone, tmp_path, num_steps=2)
     improve(world, clone, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, *(variables(load_agent(folder)) for folder in (improved, tmp_path)))
+    whole = (variables(load(folder, "actor_critic")) for folder in (improved, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, *whole)
 
 
 def test_at_first_it_is_the_clone_and_expects_nothing(world, clone):
@@ -269,10 +295,9 @@ def test_at_first_it_is_the_clone_and_expects_nothing(world, clone):
 
 
 def test_what_does_not_fit_is_refused(world, clone, tmp_path):
-    with pytest.raises(
-        InputError, match="`seq_len` 6: must be at least the policy's 2 frames, and below the world's 6"
-    ):
-        improve(world, clone, tmp_path, seq_len=6)
+    for seq_len in (2, 6):
+        with pytest.raises(InputError, match=f"`seq_len` {seq_len}: must be above 2"):
+            improve(world, clone, tmp_path, seq_len=seq_len)
     other = World(dataclasses.replace(LATENT, heads=None), Compute(), nnx.Rngs(1))
     for name, heads, model in (("blind", None, other), ("other", LATENT.heads, World(LATENT, Compute(), nnx.Rngs(1)))):
         folder = tmp_path / name
@@ -281,9 +306,9 @@ def test_what_does_not_fit_is_refused(world, clone, tmp_path):
         stored = json.loads((world / "config.json").read_text())
         stored["model"]["heads"] = heads and dataclasses.asdict(heads)
         (folder / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(InputError, match="has no heads"):
+    with pytest.raises(InputError, match="has no head for rewards"):
         improve(tmp_path / "blind", clone, tmp_path / "out", data_dir=str(world / "data"))
-    with pytest.raises(InputError, match="its actions are not those of"):
+    with pytest.raises(InputError, match="its 3 actions are not the 3 of"):
         improve(tmp_path / "other", clone, tmp_path / "out", data_dir=str(world / "data"))
-    with pytest.raises(InputError, match="`stay` -1"):
-        train_actor_critic.Config(stay=-1)
+    with pytest.raises(InputError, match="`kl_weight` -1"):
+        train_actor_critic.Config(kl_weight=-1)

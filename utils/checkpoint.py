@@ -181,7 +181,7 @@ def output_of(checkpoint: str | Path, name: str = "") -> Path:
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
-RISING = ("psnr", "ssim", "accuracy", "usage", "margin", "_ap")
+RISING = ("psnr", "ssim", "accuracy", "usage", "margin", "_ap", "worth", "solved")
 """Metrics of which more is better; of all others, less."""
 
 

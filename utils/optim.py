@@ -109,15 +109,15 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
 
 
 def _clipped(most: float) -> Callable[[Any, Any], Any]:
-    """Clips gradients to a global norm; those of a world's heads by themselves, lest they slow the rest down."""
+    """Clips gradients to a global norm; those of heads, or of a critic, by themselves, lest they slow the rest down."""
 
     def clip(grads: Any, _: Any) -> Any:
-        is_head = lambda path: jax.tree_util.keystr(path).startswith("['heads']")
+        is_apart = lambda path: jax.tree_util.keystr(path).startswith(("['heads']", "['critic']"))
         leaves = jax.tree.leaves_with_path(grads)
-        norms = [optax.tree.norm([x for path, x in leaves if is_head(path) == part]) for part in (False, True)]
+        norms = [optax.tree.norm([x for path, x in leaves if is_apart(path) == part]) for part in (False, True)]
 
         def clipped(path: Any, x: jax.Array) -> jax.Array:
-            norm = norms[is_head(path)]
+            norm = norms[is_apart(path)]
             return jnp.where(norm < most, x, x / norm.astype(x.dtype) * most)
 
         return jax.tree.map_with_path(clipped, grads)

@@ -162,7 +162,7 @@ def fit(
     Batches and keys are functions of the step, so a resumed run repeats an uninterrupted one exactly.
 
     Args:
-      kind: "tokenizer", "lam", "world" or "agent"; with `model_cfg`, what `config.json` says.
+      kind: One of `models.genie.KINDS`; with `model_cfg`, what `config.json` says.
       build: Makes the model, to be computed in a way that is given.
       train_step: (state, batch, key) to (state, metrics); its metrics include `loss`, `grad_norm`, `param_norm`.
       evaluate: (model, batch, key) to (metrics, videos (R, T, H, W, C) in [0, 1] to show above each other).
