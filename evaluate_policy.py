@@ -17,9 +17,9 @@ from agents.labels import CodeMap, ContextMap, Labelled, PairMap, label
 from agents.policy import Chooser, PolicyPlayer
 from evaluation.measured import Measured, write_json
 from evaluation.page import write_page
-from evaluation.playing import MAPS, ORACLE, Clone, described, measured_play, sections
+from evaluation.playing import BEFORE, MAPS, ORACLE, Clone, described, measured_play, sections
 from models.errors import InputError
-from models.genie import load_agent, read_config
+from models.genie import load, load_agent, read_config
 from models.policy import Agent
 from sources.environment import Environment, RecordingOptions
 from sources.once import Played, Player, play, scripted
@@ -110,6 +110,15 @@ def action_map(kind: str, labelled: Labelled, agent: Agent, num_actions: int, se
     return {"pair": PairMap, "context": ContextMap}[kind](labelled, num_codes, num_actions)
 
 
+def clone_of(checkpoint: str) -> Agent | None:
+    """Who a policy was before it learned in a world; None of one that did not."""
+    if read_config(checkpoint)["kind"] != "actor_critic":
+        return None
+    whole = load(checkpoint, "actor_critic")
+    whole.agent.policy = whole.clone
+    return whole.agent
+
+
 def play_all(cfg: Config, table: Table, agent: Agent, source: ClipSource) -> dict[str, Played]:
     """How everybody's levels went, by name."""
     N, T, rng = cfg.num_levels, cfg.max_steps, np.random.default_rng(cfg.seed)
@@ -123,6 +132,13 @@ def play_all(cfg: Config, table: Table, agent: Agent, source: ClipSource) -> dic
     if cfg.oracle_checkpoint:
         oracle = Chooser(load_agent(cfg.oracle_checkpoint))
         found[ORACLE] = table.play(ORACLE, lambda _: PolicyPlayer(oracle, cfg.temperature, None, cfg.seed))
+    if clone := clone_of(cfg.checkpoint):
+        mapped, before = None, Chooser(clone)
+        if clone.lam:  # from the same labels as the policy's
+            labelled = label(clone, source, cfg.main_labels, cfg.seed)
+            mapped = action_map("context", labelled, clone, table.num_actions, cfg.seed)
+        name = f"{BEFORE}, {cfg.main_labels} labels, context" if clone.lam else BEFORE
+        found[name] = table.play(name, lambda _: PolicyPlayer(before, cfg.temperature, mapped, cfg.seed))
     choose = Chooser(agent)
     if not agent.lam:
         found["policy"] = table.play("policy", lambda _: PolicyPlayer(choose, cfg.temperature, None, cfg.seed))

@@ -19,6 +19,8 @@ MAPS = {
 """Ways to learn which true action a latent one stands for."""
 KEYS = ("solved", "returns", "steps")
 ORACLE = "oracle"
+BEFORE = "clone"
+"""Who a policy was before it learned in a world; what follows the name says how it acts."""
 
 
 class Clone(NamedTuple):
@@ -94,8 +96,9 @@ def _players(metrics: Mapping[str, Any], names: list[str]) -> Table:
 
 
 def _against(metrics: Mapping[str, Any], shown: list[str]) -> list[Table]:
-    """Policies against the best sticky player and the oracle, level by level."""
-    others = [name for name in (best_sticky(metrics), ORACLE) if name and name in metrics["players"]]
+    """Policies against the best sticky player, the oracle, and who they were before, level by level."""
+    before = (name for name in metrics["players"] if name.startswith(BEFORE))
+    others = [name for name in (best_sticky(metrics), ORACLE, *before) if name and name in metrics["players"]]
     policies = [name for name in shown if name.startswith(("latent", "policy", ORACLE))]
     told = metrics["per_clip"]
     rows = [

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import evaluate_policy
 import train_actor_critic
 import train_policy
 from agents.imagination import LAMBDA, Imagined, expected, imagine_by, lambda_returns, targets
@@ -272,6 +273,12 @@ def test_what_comes_of_it_is_an_agent(improved, clone, world):
     assert len(labelled.codes_N) == 4
     with pytest.raises(InputError, match="holds an actor_critic, but a world is needed"):
         load_world(improved)
+
+
+def test_who_it_was_before_plays_beside_it(improved, clone):
+    before = evaluate_policy.clone_of(str(improved))
+    jax.tree.map(np.testing.assert_array_equal, variables(before), variables(load_agent(clone)))
+    assert evaluate_policy.clone_of(str(clone)) is None
 
 
 def test_it_resumes_exactly(improved, world, clone, tmp_path):

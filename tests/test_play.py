@@ -830,14 +830,14 @@ async def nobody_left(url: str) -> None:
 def take_screenshot(checkpoint: str, file: str, prompt: int = 0) -> None:
     """Plays a world from one of its prompts and takes a picture of the page, for the documentation.
 
-    python -c "from tests import test_play as t; t.take_screenshot('runs/demo/dynamics', 'docs/play.png', 5)"
+    python -c "from tests import test_play as t; t.take_screenshot('worlds/coinrun-small', 'docs/play.png', 5)"
     """
 
     async def play(url: str, folder: Path) -> None:
         async with browsing(folder, url) as browser:
             await browser.until("typeof mode === 'string' && mode === 'ready'")
             await browser.call("Emulation.setScrollbarsHidden", hidden=True)
-            await browser.value(f"set('temperature', 0.7), start({prompt}), mode = 'off', null")
+            await browser.value(f"start({prompt}), mode = 'off', null")
             await browser.until("mode === 'ready'")
             labelled = await browser.value("actions.some(a => directions(a.name))")
             for frames, key in ((7, "ArrowRight" if labelled else "1"), (11, "ArrowUp" if labelled else "2")):

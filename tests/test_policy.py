@@ -15,7 +15,7 @@ import train_policy
 from agents.labels import CodeMap, ContextMap, Labelled, PairMap, label
 from agents.policy import Chooser, PolicyPlayer, draw, shares, sharpened
 from evaluation.measured import Measured
-from evaluation.playing import best_sticky, compared, measured_play
+from evaluation.playing import best_sticky, compared, measured_play, sections
 from models.errors import InputError
 from models.genie import load_agent, load_lam
 from models.nn import Compute
@@ -246,6 +246,10 @@ def test_players_are_compared_on_the_same_levels():
     assert metrics["policy: solved"] == 1
     assert best_sticky(metrics) == "sticky, b"
     assert compared(metrics, "policy", "sticky, b")["mean"] == pytest.approx(25)
+    before = measured_play(found | {"clone": played(0, 1, 0, 1)}, np.arange(4)).to_json()
+    setting = {"game": "", "num_levels": 4, "split": "test", "max_steps": 9, "temperature": 1.0, "labels": ()}
+    [section] = sections(before | setting | {"main_labels": 0})
+    assert [row[0] for row in section.blocks[1].rows] == ["policy − sticky, b", "policy − clone"]
     twice = (measured_play(found, np.array([0, 0, 1, 1])) | Measured()).to_json()
     assert twice["intervals"]["sticky, a: solved"]["high"] > metrics["intervals"]["sticky, a: solved"]["high"]
 
