@@ -33,7 +33,7 @@ class Config:
     output_dir: str = ""
     """Where everything goes; default: runs/demo, or runs/<name of your data>."""
     preset: Literal["tiny", "flow", "latents", "small"] = "latents"
-    """Of the trainings, of which a flow needs no tokenizer's; tiny has tokens; small wants --num_episodes 600."""
+    """Of the trainings; flow and small need no tokenizer's, tiny has tokens, small wants --num_episodes 600."""
     num_episodes: int = 100
     """Episodes of CoinRun, without backgrounds and in one theme."""
     height: int = 64
@@ -45,7 +45,7 @@ class Config:
     use_gt_actions: bool = False
     """Learn your dataset's own actions instead of finding latent ones: where little moves, those cannot be found."""
     init_from: str = ""
-    """World whose parameters the three trainings begin with, such as worlds/coinrun-small with --preset small."""
+    """World whose parameters the trainings begin with, such as worlds/coinrun-small with --preset small."""
     agent: bool = False
     """Once the world is there, clone who solves CoinRun, from videos alone, and play the real game."""
     expert_episodes: int = 120
@@ -111,7 +111,7 @@ def own_data(cfg: Config, root: Path) -> str:
     return str(inspection / "dataset" if fix else data)
 
 
-MINUTES = {"tiny": 5, "flow": 8, "latents": 4, "small": 130}
+MINUTES = {"tiny": 5, "flow": 8, "latents": 4, "small": 120}
 """Of trainings and measurement on two cores, 64 × 64 pixels (benchmarks/RESULTS.md)."""
 
 
@@ -174,12 +174,13 @@ def main(cfg: Config) -> None:
     preset += ["--init_from", cfg.init_from] if cfg.init_from else []
     actions = ["--use_gt_actions"] if cfg.use_gt_actions else ["--lam_checkpoint", lam]
     # Neither of these two needs the other, and side by side they leave no core idle; nor do the last two.
-    parts = [] if cfg.preset == "flow" else [["train_tokenizer.py", *preset, "--ckpt_dir", tokenizer]]
+    in_pixels = cfg.preset in ("flow", "small")
+    parts = [] if in_pixels else [["train_tokenizer.py", *preset, "--ckpt_dir", tokenizer]]
     if not cfg.use_gt_actions:
         parts.append(["train_lam.py", *preset, "--ckpt_dir", lam])
     if parts:
         together(*parts)
-    coded = [] if cfg.preset == "flow" else ["--tokenizer_checkpoint", tokenizer]
+    coded = [] if in_pixels else ["--tokenizer_checkpoint", tokenizer]
     together(["train_dynamics.py", *preset, "--ckpt_dir", world, *coded, *actions])
     samples, clips = str(root / "samples"), ["--num_clips", "48", "--rollout_clips", "48", "--long_frames", "30", *seed]
     together(

@@ -37,9 +37,8 @@ A world learned from video (Genie). From the project's folder:
     python play.py --checkpoint {out}
     python sample.py --checkpoint {out}
 
-{note}Frames of {shape} pixels, {fps:g} a second, of {environment}; {actions}. The world sees {window}
-frames at once; steps per frame: {sampling.steps}, order: {sampling.order}, temperature: {sampling.temperature:g}.
-{num_clips} validation clips lie in `data/`.
+{note}Frames of {shape} pixels, {fps:g} a second, of {environment}; {actions}. The world sees {window} frames at once;
+steps per frame: {sampling.steps}{order}, temperature: {sampling.temperature:g}. {num_clips} validation clips lie in `data/`.
 
 {parts}
 
@@ -142,6 +141,7 @@ def card(cfg: Config, world: World, metadata: Metadata, sampling: SamplingConfig
         actions=f"actions of {len(columns)} columns" if columns else f"{world.num_actions} actions",
         window=world.cfg.window,
         sampling=sampling,
+        order=f", order: {sampling.order}" if world.tokenizer and world.tokenizer.cfg.kind == "vq" else "",
         num_clips=num_clips,
         parts="\n".join(markdown_table(("part", "variables"), parts)),
         commands="\n".join(f"    {command}" for command in commands(cfg, metadata)),

@@ -91,15 +91,6 @@ PRESETS = {
         model=TokenizerConfig(rotary_space=True, motion_reach=6, closed_loop=True, picture_blur=1.0, picture_noise=0.05)
     ),
     "tiny": TINY,
-    "small": dataclasses.replace(
-        TINY,
-        model=dataclasses.replace(TINY.model, unquantized_steps=400),
-        learning_rate=3e-3,
-        num_steps=4000,
-        decay_steps=2500,
-        val_interval=1000,
-        checkpoint_interval=500,
-    ),
     "latents": LATENTS,
     "mae": dataclasses.replace(
         LATENTS, model=dataclasses.replace(LATENTS.model, frame_shape=(128, 128, 3), patch_size=16)
@@ -113,7 +104,6 @@ PRESETS = {
 moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has run it.
 
 tiny: in minutes on two cores of a CPU, `python train_tokenizer.py --preset tiny`; its decoder moves the last frame.
-small: the same model trained for longer, as for worlds/coinrun-small.
 latents: these in the place of tokens, what `make demo` runs; mae: for frames of 128 × 128 and more.
 bench: for benchmarks/ only.
 """

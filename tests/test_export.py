@@ -146,7 +146,7 @@ def test_the_world_that_comes_along_is_whole_and_small():
     assert {"left", "right", "stay"} <= set(names)
     assert any("up" in name for name in names)
     assert len(set(names)) == loaded.num_actions
-    assert source.metadata.frame_shape == loaded.cfg.tokenizer.frame_shape
+    assert source.metadata.frame_shape == loaded.cfg.frame_shape
 
 
 def test_an_exported_world_is_not_trained_on(exported):
