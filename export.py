@@ -38,7 +38,7 @@ A world learned from video (Genie). From the project's folder:
     python sample.py --checkpoint {out}
 
 {note}Frames of {shape} pixels, {fps:g} a second, of {environment}; {actions}. The world sees {window} frames at once;
-steps per frame: {sampling.steps}{order}, temperature: {sampling.temperature:g}. {num_clips} validation clips lie in `data/`.
+steps per frame: {sampling.steps}{order}, temperature: {sampling.temperature:g}. {num_clips} validation clips: `data/`.
 
 {parts}
 
