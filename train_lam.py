@@ -80,8 +80,8 @@ PRESETS = {
 """coinrun: the paper's, Appendix F; not run on a GPU yet.
 moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has run it.
 
-tiny: what `make demo` runs, `python train_lam.py --preset tiny`; its decoder moves the last frame. flow and
-latents: the same.
+tiny: what `make demo` runs, `python train_lam.py --preset tiny`; its decoder moves the last frame.
+flow, latents: the same.
 small: the same model trained for longer, as for worlds/coinrun-small.
 bench: for benchmarks/ only.
 """
