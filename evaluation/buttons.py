@@ -1,7 +1,7 @@
 """Buttons: what each action does in a world, by measured shifts, and a name that says so.
 
-Each action is held for a few frames, from held-out prompts after which the LAM saw that very action: who stands at a
-wall could not show what a step to it does. What counts is how the picture shifts, and what is at its centre, in
+Each action is held for a few frames, from held-out prompts after which the LAM saw that very action begin: who stands at
+a wall could not show what a step to it does, and who jumps already goes on jumping whatever is pressed. What counts is how the picture shifts, and what is at its centre, in
 comparison to the idle action from the same prompt. A camera that follows the player shows its steps as shifts of the
 picture the other way; where the picture stands, what is at the centre moves.
 """
@@ -59,14 +59,20 @@ def measure_buttons(play: Play, frames: np.ndarray, actions: np.ndarray, num_act
 
 
 def _prompts(frames: np.ndarray, actions: np.ndarray, action: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts after which an action followed, of different clips as far as there are, and the actions within them."""
+    """Prompts after which an action followed, and the actions within them.
+
+    First come those after which it begins, where the one before was another; then those of different clips.
+    """
     length = min(PROMPT_FRAMES, frames.shape[1] - 1)
     rng = np.random.default_rng(seed)
     clips, times = rng.permutation(np.argwhere(actions[:, length - 1 :] == action)).reshape(-1, 2).T
     if not len(clips):  # it never occurs: any prompt will do
         clips, times = np.arange(len(frames)), np.zeros(len(frames), int)
+    goes_on = actions[clips, times + length - 2] == action if length > 1 else np.zeros(len(clips), bool)
+    first = np.argsort(goes_on, kind="stable")
+    clips, times, goes_on = clips[first], times[first], goes_on[first]
     turns = [int((clips[:i] == clip).sum()) for i, clip in enumerate(clips)]
-    chosen = np.argsort(turns, kind="stable")[:PROMPTS]
+    chosen = np.lexsort((turns, goes_on))[:PROMPTS]
     cut = lambda of, n: np.stack([of[clips[i], times[i] : times[i] + n] for i in chosen])
     return cut(frames, length), cut(actions, length - 1)
 

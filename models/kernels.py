@@ -12,6 +12,10 @@ from models.errors import InputError
 from models.quant import int8_product
 
 
+FLASH_LENGTH = 64
+"""Places from which on cuDNN's attention is quicker than XLA's, forward and backward, on an H100 (benchmarks/RESULTS.md)."""
+
+
 class KV(NamedTuple):
     """Keys and values of S places along an axis, in R rows that attend apart; or the same stacked over blocks.
 
@@ -83,8 +87,8 @@ def attention(
             f"multiple of 8; here the device is {jax.local_devices()[0].device_kind}, the dtype {q_BSQD.dtype}, "
             f"the head width {head_width}"
         )
-    flash = implementation == "cudnn" or (implementation == "auto" and fits and on_gpu)
     S, lengths_B = q_BSQD.shape[1], None
+    flash = implementation == "cudnn" or (implementation == "auto" and fits and on_gpu and S >= FLASH_LENGTH)
     if flash and S % 2:
         # JAX refuses cuDNN's backward pass at odd lengths, such as that of a frame with an action token.
         q_BSQD, k_BSQD, v_BSQD = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_BSQD, k_BSQD, v_BSQD))

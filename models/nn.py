@@ -37,7 +37,7 @@ class Compute:
     feed-forward layer's inner ones, recompute each block from its input, or keep that in pinned host memory. auto takes
     the first of them that fits an accelerator's memory."""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
-    """Attention kernel; auto takes cuDNN's flash attention on a GPU where dtype and shape allow it, else XLA."""
+    """Attention kernel; auto takes cuDNN's flash attention on a GPU over long axes, where dtype and shape allow it."""
     platform: Annotated[Literal["", "cpu", "gpu", "tpu"], tyro.conf.Suppress] = ""
     """For what kind of device; default: the one that JAX computes on."""
     quant: Literal["none", "int8"] = "none"

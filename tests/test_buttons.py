@@ -131,6 +131,20 @@ def test_prompts_are_those_after_which_the_action_followed():
         np.testing.assert_array_equal(asked[2 * a + 1][1][:, -HELD_FRAMES:], 1)
 
 
+def test_prompts_after_which_the_action_begins_come_first():
+    """It does not tell what a jump does to jump again in one, if there are prompts enough on the ground."""
+    play, frames, actions, n = world(scrolled, [(0, 0), (0, 3)])
+    again = np.flatnonzero(actions[:, -1] == 1)
+    actions[again[:4], -2] = 1  # in four clips the jump has begun before
+    asked = []
+    measure_buttons(lambda prompt, held: asked.append(held) or play(prompt, held), frames, actions, n)
+    np.testing.assert_array_equal(np.sort(asked[2][:, PROMPT_FRAMES - 2]), [0] * (PROMPTS - 4) + [1] * 4)
+    more = np.concatenate([actions, actions[again[4:8]]]), np.concatenate([frames, frames[again[4:8]]])
+    asked.clear()
+    measure_buttons(lambda prompt, held: asked.append(held) or play(prompt, held), more[1], more[0], n)
+    assert not asked[2][:, PROMPT_FRAMES - 2].any()
+
+
 def test_shifts_are_found_and_flat_pictures_do_not_shift():
     level = LEVELS[0].mean(axis=-1, dtype=np.float32)
     a, b = level[20:84, 20:84], level[17:81, 25:89]

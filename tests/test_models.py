@@ -255,15 +255,15 @@ def test_attention_equals_the_textbook(implementation, dtype, tolerance):
         np.testing.assert_allclose(y.astype(np.float32), expected, atol=tolerance)
 
 
-@pytest.mark.parametrize("length", [4, 5])
-def test_flash_attention_is_given_even_lengths(length, monkeypatch):
+@pytest.mark.parametrize(("length", "flash"), [(16, False), (64, True), (65, True)])
+def test_flash_attention_is_for_long_axes_and_given_even_lengths(length, flash, monkeypatch):
     """What cuDNN is asked for, answered by XLA."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, length, 2, 8), jnp.bfloat16)
     expected = [attention(q, k, v, causal=causal) for causal in (False, True)]
     library = jax.nn.dot_product_attention
 
     def instead(q, k, v, implementation, **options):
-        assert implementation == "cudnn"
+        assert implementation == ("cudnn" if flash else "xla")
         assert q.shape[1] % 2 == 0
         return library(q, k, v, implementation="xla", **options)
 
