@@ -127,9 +127,9 @@ PRESETS = {
         batch_size=4,
     ),
 }
-"""coinrun: the paper's, Appendix F; moving: ours, of the same size, with decoders that move the last frame. Steps of both
-were timed on a GPU, neither was trained on one. tiny: ours on two cores of a CPU. flow: of its size, on pixels; latents: on those of
-train_tokenizer.py's preset, what `make demo` runs. small: flow for longer, as worlds/coinrun-small was trained.
+"""coinrun: the paper's, Appendix F; moving: ours, of the same size, with decoders that move the last frame. Both were
+timed on a GPU and not trained on one. tiny: ours on two cores of a CPU. flow: of its size, on pixels; latents: on those
+of train_tokenizer.py's preset, what `make demo` runs. small: flow for longer, as worlds/coinrun-small was trained.
 bench: for benchmarks/."""
 
 

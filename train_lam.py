@@ -77,8 +77,8 @@ PRESETS = {
         batch_size=4,
     ),
 }
-"""coinrun: the paper's, Appendix F. moving: ours, of the same size, with decoders that move the last frame. Steps of both
-were timed on a GPU; what they learn is judged at tiny's size until one has trained them.
+"""coinrun: the paper's, Appendix F.
+moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has trained it.
 
 tiny: what `make demo` runs, `python train_lam.py --preset tiny`; its decoder moves the last frame.
 flow, latents: the same.

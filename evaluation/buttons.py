@@ -1,9 +1,10 @@
 """Buttons: what each action does in a world, by measured shifts, and a name that says so.
 
-Each action is held for a few frames, from held-out prompts after which the LAM saw that very action begin: who stands at
-a wall could not show what a step to it does, and who jumps already goes on jumping whatever is pressed. What counts is how the picture shifts, and what is at its centre, in
-comparison to the idle action from the same prompt. A camera that follows the player shows its steps as shifts of the
-picture the other way; where the picture stands, what is at the centre moves.
+Each action is held for a few frames, from held-out prompts after which the LAM saw that very action begin: who stands
+at a wall could not show what a step to it does, and who jumps already goes on jumping whatever is pressed. What counts
+is how the picture shifts, and what is at its centre, in comparison to the idle action from the same prompt. A camera
+that follows the player shows its steps as shifts of the picture the other way; where the picture stands, what is at the
+centre moves.
 """
 
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def _prompts(frames: np.ndarray, actions: np.ndarray, action: int, seed: int) ->
     goes_on = actions[clips, times + length - 2] == action if length > 1 else np.zeros(len(clips), bool)
     first = np.argsort(goes_on, kind="stable")
     clips, times, goes_on = clips[first], times[first], goes_on[first]
-    turns = [int((clips[:i] == clip).sum()) for i, clip in enumerate(clips)]
+    turns = np.array([(clips[:i] == clip).sum() for i, clip in enumerate(clips)])
     chosen = np.lexsort((turns, goes_on))[:PROMPTS]
     cut = lambda of, n: np.stack([of[clips[i], times[i] : times[i] + n] for i in chosen])
     return cut(frames, length), cut(actions, length - 1)

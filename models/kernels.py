@@ -11,9 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from models.errors import InputError
 from models.quant import int8_product
 
-
 FLASH_LENGTH = 64
-"""Places from which on cuDNN's attention is quicker than XLA's, forward and backward, on an H100 (benchmarks/RESULTS.md)."""
+"""Places from which on cuDNN's attention is quicker than XLA's on an H100, see benchmarks/RESULTS.md."""
 
 
 class KV(NamedTuple):
