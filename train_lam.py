@@ -78,7 +78,7 @@ PRESETS = {
     ),
 }
 """coinrun: the paper's, Appendix F.
-moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has trained it.
+moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU trains it.
 
 tiny: what `make demo` runs, `python train_lam.py --preset tiny`; its decoder moves the last frame.
 flow, latents: the same.

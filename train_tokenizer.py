@@ -101,7 +101,7 @@ PRESETS = {
     ),
 }
 """coinrun: the paper's, Appendix F.
-moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU has trained it.
+moving: ours, of the same size, with decoders that move the last frame; judged at tiny's size until a GPU trains it.
 
 tiny: in minutes on two cores of a CPU, `python train_tokenizer.py --preset tiny`; its decoder moves the last frame.
 latents: these in the place of tokens, what `make demo` runs; mae: for frames of 128 × 128 and more.
