@@ -1,9 +1,11 @@
 """Procgen's sixteen games: playing them, how to act, and what there is to know about their actions."""
 
 import contextlib
+import ctypes
 import dataclasses
 import io
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -260,7 +262,7 @@ def import_procgen() -> Any:
     """The package, which is imported when it is needed.
 
     Raises:
-      InputError: It is not installed.
+      InputError: It is not installed, or what it needs of the system.
     """
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # gym, which procgen imports, says there that it is outdated
@@ -270,4 +272,12 @@ def import_procgen() -> Any:
             f"Procgen's games need the package procgen-mirror ({error}); install the pinned packages with "
             "`pip install --no-deps -r requirements-procgen.txt`"
         ) from error
+    if sys.platform == "linux":  # bare GPU nodes lack it; without this each worker would end with the loader's words
+        try:
+            ctypes.CDLL("libGL.so.1")
+        except OSError as error:
+            raise InputError(
+                f"Procgen needs the system's OpenGL library, though it draws without a GPU ({error}); install it, on "
+                "Debian and Ubuntu by `apt-get install libgl1`"
+            ) from error
     return procgen

@@ -466,3 +466,14 @@ def test_missing_procgen_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"procgen-mirror.*pip install --no-deps -r requirements-procgen\.txt"):
         main(Config(output_dir=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_system_without_opengl_says_what_to_install(tmp_path, monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    with pytest.raises(InputError, match=r"OpenGL.*libGL\.so\.1.*apt-get install libgl1"):
+        main(Config(output_dir=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
