@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures training and sampling on one GPU, the most telling first, each in 45 s or less on an H100; prints one table.
+# Measures training and sampling on one GPU, the most telling first, in some 45 s each on an H100; prints one table.
 # Run from the project's folder:
 #
 #     benchmarks/gpu.sh [folder for the details] [dataset; without one, CoinRun is generated]
