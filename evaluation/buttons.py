@@ -1,10 +1,10 @@
 """Buttons: what each action does in a world, by measured shifts, and a name that says so.
 
-Each action is held for a few frames, from held-out prompts after which the LAM saw that very action begin: who stands
-at a wall could not show what a step to it does, and who jumps already goes on jumping whatever is pressed. What counts
-is how the picture shifts, and what is at its centre, in comparison to the idle action from the same prompt. A camera
-that follows the player shows its steps as shifts of the picture the other way; where the picture stands, what is at the
-centre moves.
+Each action is held for a few frames, from held-out prompts after which the LAM saw that very action begin, those first
+in which the player is nearest to rest: who stands at a wall could not show what a step to it does, and who flies goes
+on flying whatever is pressed. What counts is how the picture shifts, and what is at its centre, in comparison to the
+idle action from the same prompt. A camera that follows the player shows its steps as shifts of the picture the other
+way; where the picture stands, what is at the centre moves. `benchmarks/keys.py` measures a game's own keys so.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from evaluation.measured import Measured
 from evaluation.rollouts import Play
 
 PROMPTS, PROMPT_FRAMES, HELD_FRAMES = 20, 4, 4
+CANDIDATES = 200  # of which the prompts are chosen, drawn at random
 IDLE_PAIRS = 60  # steps of each action by which the idle one is found
 STILL = 0.5  # pixels per frame: who moves less stays
 BETTER = 0.98  # of the best error so far: a longer shift must reach it, so that flat pictures do not shift
@@ -35,16 +36,19 @@ class Button(NamedTuple):
     prompts: int
 
 
-def measure_buttons(play: Play, frames: np.ndarray, actions: np.ndarray, num_actions: int, seed: int = 0) -> Measured:
+def measure_buttons(
+    play: Play, frames: np.ndarray, actions: np.ndarray, num_actions: int, seed: int = 0, idle: int | None = None
+) -> Measured:
     """Holds each action, and names it.
 
     Args:
       frames: (B, T, H, W, C); actions: (B, Tm1), those between them.
       seed: Of the choice of prompts.
+      idle: The idle action; None: the one after which least moves.
     Returns:
       `buttons` in the details; no two names are alike.
     """
-    idle = _idle(frames, actions, num_actions)
+    idle = _idle(frames, actions, num_actions) if idle is None else idle
     moves = []
     for a in range(num_actions):
         prompts, between = _prompts(frames, actions, a, seed)
@@ -62,7 +66,8 @@ def measure_buttons(play: Play, frames: np.ndarray, actions: np.ndarray, num_act
 def _prompts(frames: np.ndarray, actions: np.ndarray, action: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts after which an action followed, and the actions within them.
 
-    First come those after which it begins, where the one before was another; then those of different clips.
+    First come those after which it begins, where the one before was another; then those at whose end least moves; then
+    those of different clips.
     """
     length = min(PROMPT_FRAMES, frames.shape[1] - 1)
     rng = np.random.default_rng(seed)
@@ -70,10 +75,12 @@ def _prompts(frames: np.ndarray, actions: np.ndarray, action: int, seed: int) ->
     if not len(clips):  # it never occurs: any prompt will do
         clips, times = np.arange(len(frames)), np.zeros(len(frames), int)
     goes_on = actions[clips, times + length - 2] == action if length > 1 else np.zeros(len(clips), bool)
-    first = np.argsort(goes_on, kind="stable")
+    first = np.argsort(goes_on, kind="stable")[:CANDIDATES]
     clips, times, goes_on = clips[first], times[first], goes_on[first]
+    last = np.stack([frames[clips, times + max(length - 2, 0)], frames[clips, times + length - 1]], axis=1)
+    picture, centre = (np.linalg.norm(x, axis=1) for x in _per_frame(last))
     turns = np.array([(clips[:i] == clip).sum() for i, clip in enumerate(clips)])
-    chosen = np.lexsort((turns, goes_on))[:PROMPTS]
+    chosen = np.lexsort((turns, centre, picture, goes_on))[:PROMPTS]
     cut = lambda of, n: np.stack([of[clips[i], times[i] : times[i] + n] for i in chosen])
     return cut(frames, length), cut(actions, length - 1)
 

@@ -145,6 +145,22 @@ def test_prompts_after_which_the_action_begins_come_first():
     assert not asked[2][:, PROMPT_FRAMES - 2].any()
 
 
+@pytest.mark.parametrize("show", [scrolled, standing])
+def test_prompts_at_whose_end_least_moves_come_first(show):
+    """Who flies goes on flying whatever is pressed."""
+    play, frames, actions, n = world(show, [(0, 0), (3, 0)])
+    begins = actions[:, -1] == 1
+    flying = frames[begins].copy()
+    flying[:, PROMPT_FRAMES - 1] = [show(level, 0, 4) for level in LEVELS]
+    asked = []
+    both = np.concatenate([flying, frames]), np.concatenate([actions[begins], actions])
+    measure_buttons(lambda prompt, held: asked.append(prompt) or play(prompt, held), *both, n)
+    # Any one of the prompts of the idle action is at rest, and so are those of the other.
+    assert all((prompt[:, -1] == prompt[:, 0]).all() for prompt in asked)
+    of_both = measure_buttons(play, *both, n, idle=1).details["buttons"]
+    assert [button["name"] for button in of_both] == ["left", "stay"]
+
+
 def test_shifts_are_found_and_flat_pictures_do_not_shift():
     level = LEVELS[0].mean(axis=-1, dtype=np.float32)
     a, b = level[20:84, 20:84], level[17:81, 25:89]

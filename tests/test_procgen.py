@@ -2,15 +2,19 @@
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
 
+from benchmarks import keys
+from evaluation.buttons import HELD_FRAMES
 from generate_dataset import Config
 from models.errors import InputError
 from sources import procgen, recording
 from sources.environment import RecordingOptions
 from sources.planner import DECISION_STEPS, Planner
+from sources.policies import choose_actions
 from sources.procgen import ACTION_NAMES, GAMES, Procgen
 from sources.recording import Task, record
 from tests.test_generate import ProcgenGym3Env, replayed_levels
@@ -164,6 +168,31 @@ def test_a_plan_comes_true():
         reward, _, first = env.observe()
         assert bool(first[0]) == (i == len(plan) - 1)
     assert reward[0] == 10
+
+
+def test_keys_are_measured_in_the_real_game(tmp_path, capsys):
+    options = RecordingOptions(num_episodes=3, clip_length=16, use_backgrounds=False, restrict_themes=True)
+    record(Procgen("coinrun"), options, tmp_path / "data", num_workers=0)
+    keys.main(keys.Config(json=True, data_dir=str(tmp_path / "data"), num_levels=40))
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["NONE"].startswith("20 of 20  +0.00 +0.00")
+    up = {name: float(told[name].split()[4]) for name in ("LEFT", "UP", "RIGHT")}
+    assert up["UP"] > 1 > max(abs(up["LEFT"]), abs(up["RIGHT"]))
+
+
+def test_the_real_game_goes_on_from_a_prompt_as_it_did():
+    game = Procgen("coinrun")
+    options = RecordingOptions(use_backgrounds=False, restrict_themes=True)
+    env = game.make(options, "val", 12, rand_seed=1)
+    played = keys.Game(game, env, np.arange(NUM_ACTIONS))
+    acted = choose_actions("sticky", game.weights_A, np.random.default_rng(1), 12, 2 * keys.CLIP)
+    frames, actions = played.record(acted)
+    assert 4 < len(frames) <= 12
+    for t in (3, 9):
+        after = played.play(frames[:, : t + 1], actions[:, : t + 1])
+        assert after.shape[1] == HELD_FRAMES
+        np.testing.assert_array_equal(after[:, 0], frames[:, t + 1])
+    env.close()
 
 
 def test_modes_that_a_game_has_not_are_refused(tmp_path):
