@@ -41,6 +41,13 @@ def standing(level, right, up):
     return frame
 
 
+def followed(level, right, up):
+    """Of a world whose camera follows the player, who is large at its centre."""
+    frame, c = view(level, right, -up).copy(), SIZE // 2 - 14
+    frame[c : c + 28, c : c + 28] = level[:28, :28]
+    return frame
+
+
 def world(show, moves, blocked=()):
     """Clips in which each action is taken, after frames in which nothing is done, and the function that plays on.
 
@@ -145,7 +152,7 @@ def test_prompts_after_which_the_action_begins_come_first():
     assert not asked[2][:, PROMPT_FRAMES - 2].any()
 
 
-@pytest.mark.parametrize("show", [scrolled, standing])
+@pytest.mark.parametrize("show", [scrolled, standing, followed])
 def test_prompts_at_whose_end_least_moves_come_first(show):
     """Who flies goes on flying whatever is pressed."""
     play, frames, actions, n = world(show, [(0, 0), (3, 0)])
