@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures training and sampling on one GPU, the most telling first, in some 45 s each on an H100; prints one table.
-# Run from the project's folder:
+# Measures training and sampling on one GPU, the most telling first, in some 45 s each on an H100; prints one table,
+# row by row. Run from the project's folder:
 #
 #     benchmarks/gpu.sh [folder for the details] [dataset; without one, CoinRun is generated]
 set -uo pipefail
@@ -10,16 +10,43 @@ mkdir -p "$out"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/machine.txt"
 python -c 'import flax, jax; print("jax", jax.__version__, "flax", flax.__version__)' | tee -a "$out/machine.txt"
 
+row() { # name, and the file whose last line has its figures
+    python - "$1" "$2" <<'PY'
+import json, sys
+
+name, file = sys.argv[1:]
+v = json.loads(open(file).read().splitlines()[-1])
+if "steps_per_s" in v:
+    v["step_ms"] = 1e3 / v["steps_per_s"]
+cell = lambda form, *names: next((form.format(v[n]) for n in names if v.get(n) is not None), "")
+cells = [
+    cell("{:.2f}", "step_ms", "frame_ms", "space_ms"),
+    cell("{:.1%}", "mfu"),
+    cell("{:.0f}", "frames_per_s"),
+    cell("{:.1f}", "compile_s"),
+    cell("{:.0f}", "peak_memory_mib"),
+]
+notes = [
+    cell("time axis {:.2f} ms", "time_ms"),
+    cell("error {:.1e}", "space_error"),
+    cell("{:.1e}", "time_error"),
+    cell("waits for data {:.2%}", "data_wait"),
+]
+print(f"{name:<26}" + "".join(f"{text:>{n}}" for text, n in zip(cells, (14, 8, 10, 11, 12))), "", *filter(None, notes))
+PY
+}
+
 measure() { # name, module, flags
     local name=$1
     shift
     if timeout 120 python -m "$@" --json >"$out/$name.txt" 2>"$out/$name.err"; then
-        tail -n 1 "$out/$name.txt" >"$out/$name.json"
+        row "$name" "$out/$name.txt"
     else
         echo "$name failed: $(tail -n 1 "$out/$name.err")"
     fi
 }
 
+printf '%-26s%14s%8s%10s%11s%12s\n' what "step/frame ms" mfu frames/s "compile s" "memory MiB"
 step="benchmarks.train_step --preset coinrun --dtype bfloat16 --model"
 for attention in cudnn xla; do # which kernel for 256 tokens in space and 16 in time
     measure "attention-$attention" benchmarks.attention --implementation $attention --dtype bfloat16
@@ -47,26 +74,6 @@ training="train_tokenizer.py --preset coinrun --dtype bfloat16 --num_steps 150 -
 rm -rf "$out/training"
 if ! timeout 120 python $training --data_dir "$data" --ckpt_dir "$out/training" >"$out/training.txt" 2>&1; then
     echo "training failed: $(tail -n 1 "$out/training.txt")"
+elif grep data_wait "$out/training/metrics.jsonl" >"$out/waits.txt"; then
+    row "tokenizer, training" "$out/waits.txt"
 fi
-
-python - "$out" <<'PY'
-import json, sys
-from pathlib import Path
-
-out = Path(sys.argv[1])
-rows = {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("*.json"))}
-log = out / "training" / "metrics.jsonl"
-for line in log.read_text().splitlines() if log.exists() else []:
-    if "data_wait" in (v := json.loads(line)):
-        rows["tokenizer, training"] = v | {"step_ms": 1e3 / v["steps_per_s"]}
-print(f"{'what':<26}{'step/frame ms':>14}{'mfu':>8}{'frames/s':>10}{'compile s':>11}{'memory MiB':>12}")
-for name, v in rows.items():
-    cell = lambda form, *names: next((form.format(v[n]) for n in names if v.get(n) is not None), "")
-    notes = [cell("time axis {:.2f} ms", "time_ms"), cell("error {:.1e}", "space_error"), cell("{:.1e}", "time_error")]
-    print(
-        f"{name:<26}{cell('{:.2f}', 'step_ms', 'frame_ms', 'space_ms'):>14}{cell('{:.1%}', 'mfu'):>8}"
-        f"{cell('{:.0f}', 'frames_per_s'):>10}{cell('{:.1f}', 'compile_s'):>11}{cell('{:.0f}', 'peak_memory_mib'):>12}  ",
-        *notes,
-        cell("waits for data {:.2%}", "data_wait"),
-    )
-PY
