@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from models.stored import checkpoint_steps
-from tests.conftest import LAM, ROOT, SMALL, TOKENIZER, script
+from tests.conftest import LAM, ROOT, SMALL, TOKENIZER, XLA_FLAGS, script
 from tests.test_train import assert_same, flags, lines, losses, stored
 from utils.sharding import batch_sharding, sees_all_devices, start_distributed, state_sharding
 
@@ -106,7 +106,7 @@ def free_port():
 
 def processes(count, name, *given):
     """Runs a script as so many processes that talk over gloo."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "XLA_FLAGS": ""}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "XLA_FLAGS": XLA_FLAGS}
     meet = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", str(count), "--process_id"]
     commands = [[sys.executable, f"{name}.py", *map(str, given), *meet, str(i)] for i in range(count)]
     started = [

@@ -22,7 +22,7 @@ from models.dynamics import DynamicsConfig
 from models.errors import InputError
 from models.maskgit import MaskGIT
 from models.nn import Compute
-from tests.conftest import ROOT, TOKENIZER, script
+from tests.conftest import ROOT, TOKENIZER, on_devices, script
 from tests.test_train import flags, losses
 from utils import sharding, step
 from utils.cli import parse
@@ -46,8 +46,8 @@ COMPILED = """if True:
 
 def compiled_for_eight(model, fsdp):
     """What eight fake devices tell each other in a training step: shapes of the state, and the collectives."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", COMPILED.format(model=model, fsdp=fsdp)]
+    env = os.environ | on_devices(8)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
