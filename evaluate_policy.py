@@ -125,7 +125,8 @@ def play_all(cfg: Config, table: Table, agent: Agent, source: ClipSource) -> dic
     players = scripted(action_shares(source, cfg.seed), N, T, cfg.seed)
     found = {name: table.play(name, lambda levels, player=player: player) for name, player in players.items()}
     if isinstance(table.game, Procgen):
-        planner = table.game.planner(dataclasses.replace(table.options, planner_explore=0.0), cfg.split, N, rng)
+        alone = dataclasses.replace(table.options, planner_explore=0.0, learner="")
+        planner = table.game.planner(alone, cfg.split, N, rng)
         name = "walker" if isinstance(planner, Walker) else "planner"
         found[name] = table.play(name, lambda levels: PlanningPlayer(planner, levels), cfg.planner_levels)
         planner.close()

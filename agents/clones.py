@@ -1,5 +1,6 @@
 """A trained policy, ready to act wherever its game is played: in the real one, and in worlds of it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,16 @@ from utils.data import ClipSource
 
 MakePlayer = Callable[[int], PolicyPlayer]
 """From a seed to a player of one level."""
+
+
+LEARNER_TEMPERATURE, LEARNER_LABELS = 0.2, 200
+
+
+@functools.lru_cache(maxsize=1)
+def learner(checkpoint: str, seed: int) -> "Clone":
+    """A policy that plays where clips are recorded: loaded and compiled once in each process."""
+    jax.config.update("jax_platforms", "cpu")  # else each of the processes that record would take a GPU for itself
+    return Clone(checkpoint, LEARNER_TEMPERATURE, LEARNER_LABELS, seed)
 
 
 class Clone:

@@ -50,18 +50,25 @@ class PolicyPlayer:
         self._seen_NSHWC: np.ndarray | None = None
         self._before_N = np.zeros(0, np.int32)
 
-    def see(self, frames_NHWC: np.ndarray) -> np.ndarray:
-        """Takes note of what is seen, by itself where somebody else acts: the last frames (N, S, H, W, C)."""
+    def see(self, frames_NHWC: np.ndarray, first_N: np.ndarray | None = None) -> np.ndarray:
+        """Takes note of what is seen, by itself where somebody else acts: the last frames (N, S, H, W, C).
+
+        Args:
+          first_N: Whether a level begins, where one follows another: what was before it is forgotten.
+        """
         if self._seen_NSHWC is None:  # what was before the first frame counts as that frame
             self._seen_NSHWC = np.repeat(frames_NHWC[:, None], self._choose.context, axis=1)
             self._before_N = np.full(len(frames_NHWC), -1, np.int32)
         else:
             self._seen_NSHWC = np.concatenate([self._seen_NSHWC[:, 1:], frames_NHWC[:, None]], axis=1)
+        if first_N is not None:
+            self._seen_NSHWC[first_N] = frames_NHWC[first_N, None]
+            self._before_N[first_N] = -1
         return self._seen_NSHWC
 
-    def act(self, frames_NHWC: np.ndarray, playing_N: np.ndarray) -> np.ndarray:
+    def act(self, frames_NHWC: np.ndarray, playing_N: np.ndarray, first_N: np.ndarray | None = None) -> np.ndarray:
         """Actions (N,) int32."""
-        seen_NSHWC = self.see(frames_NHWC)
+        seen_NSHWC = self.see(frames_NHWC, first_N)
         die_N = self._rng.random(len(frames_NHWC))
         playing = np.flatnonzero(playing_N)
         logits_NA, hidden_NM = self._choose(seen_NSHWC[playing])

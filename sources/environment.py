@@ -32,6 +32,9 @@ class RecordingOptions:
     planner_explore: float = 0.2
     """Of planner and walker: share of their decisions, of the planner one in 16 time steps, at which they act at random
     until the next one, or for a few time steps, so that mistakes are in the data too."""
+    learner: str = ""
+    """Of the walker: --ckpt_dir of a policy's training (train_policy.py), which plays. Where it makes a mistake that
+    can be mended, what the walker would do is recorded in its place: actions to be cloned, not those that were done."""
     action_weights: tuple[str, ...] = ()
     """Procgen: how often sticky, and the planner in its futures, choose an action, by comparison: RIGHT=1 RIGHT+UP=3;
     those that are not named are not chosen. Empty takes the game's own."""
@@ -85,6 +88,7 @@ class RecordingOptions:
             self.expect(name, 0 <= getattr(self, name) <= 0.25, "0 to 0.25, so that most episodes are for training")
         self.expect("planner_rollouts", self.planner_rollouts >= 1, "at least 1")
         self.expect("planner_explore", 0 <= self.planner_explore < 1, "0 or more and less than 1")
+        self.expect("learner", not self.learner or self.policy == "walker", "none but with --policy walker")
 
     def expect(self, name: str, ok: bool, expected: str) -> None:
         """Raises an InputError with the value of the field `name` unless it is `ok`."""
@@ -92,7 +96,7 @@ class RecordingOptions:
             raise InputError(f"`{name}` {getattr(self, name)}: expected {expected}")
 
 
-PLANNER_OPTIONS = ("planner_rollouts", "planner_explore")
+PLANNER_OPTIONS = ("planner_rollouts", "planner_explore", "learner")
 PROCGEN_OPTIONS: tuple[str, ...] = (
     *("distribution_mode", "use_backgrounds", "restrict_themes", "use_monochrome_assets", "center_agent"),
     *("action_weights", *PLANNER_OPTIONS),

@@ -7,7 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,9 @@ from sources.planner import Planner
 from sources.policies import choose_actions
 from sources.walker import Walker
 from utils.records import COINRUN_IDLE_ACTION, COINRUN_SAME_ACTIONS
+
+if TYPE_CHECKING:
+    from agents.policy import PolicyPlayer
 
 # So far apart that no split of any dataset shares a level with another split of any other.
 FIRST_LEVEL = {"train": 0, "val": 2**29, "test": 2**30}
@@ -100,6 +103,10 @@ class Procgen(Environment):
         modes = ["easy", "hard", *(other for other, games in MODES.items() if self.name in games)]
         options.expect("distribution_mode", mode in modes, f"{', '.join(modes)} for {self.name}")
         self._weights(options)
+        if options.learner:
+            from models.genie import read_config  # JAX
+
+            read_config(options.learner)
         import_procgen()
 
     def provenance(self, options: RecordingOptions) -> dict[str, Any]:
@@ -118,6 +125,7 @@ class Procgen(Environment):
         else:
             planner = None
             actions_BT = choose_actions(options.policy, self._weights(options), rng, B, T)
+        learner = self._learner(options, rng) if options.learner else None
         frames_BTHWC = np.empty((B, T, *self.frame_shape), np.uint8)
         rewards_BT = np.empty((B, T), np.float32)
         levels_BT = np.empty((B, T), np.int32)
@@ -130,9 +138,14 @@ class Procgen(Environment):
             frames_BTHWC[:, t] = self.pictures(env, observation)
             first_BT[:, t] = first_B
             levels_BT[:, t] = levels_B
-            if planner:
-                actions_BT[:, t] = planner.act(env, first_B)
-            env.act(actions_BT[:, t])
+            if learner and isinstance(planner, Walker):
+                done_B = learner.act(frames_BTHWC[:, t], np.ones(B, bool), first_B)
+                actions_BT[:, t] = planner.advise(env, done_B)
+            else:
+                if planner:
+                    actions_BT[:, t] = planner.act(env, first_B)
+                done_B = actions_BT[:, t]
+            env.act(done_B)
             rewards_BT[:, t], observation, first_B = env.observe()
             if first_B.any():
                 infos = env.get_info()
@@ -162,6 +175,13 @@ class Procgen(Environment):
         if options.policy == "walker":
             return Walker(make, num_envs, options.planner_explore, weights_A, ACTION_NAMES, rng)
         return Planner(make, num_envs, options.planner_rollouts, options.planner_explore, weights_A, rng)
+
+    def _learner(self, options: RecordingOptions, rng: np.random.Generator) -> "PolicyPlayer":
+        """The policy that plays while the walker gives advice."""
+        from agents.clones import learner  # JAX
+
+        make = learner(options.learner, options.seed).in_game(self.frame_shape, len(ACTION_NAMES))
+        return make(int(rng.integers(2**31)))
 
     def _weights(self, options: RecordingOptions) -> tuple[float, ...]:
         """How often each action is chosen.

@@ -94,6 +94,7 @@ def record(
             same_actions=dict(environment.same_actions),
             idle_action=environment.idle_action,
             levels=levels.as_json(),
+            advised=bool(options.learner),
             action_columns=environment.action_columns,
         )
         write_metadata(folder, metadata)

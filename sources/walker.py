@@ -16,6 +16,7 @@ HOLD = 10  # time steps for which it holds a jump
 AFTER = 12  # time steps that it has to live after that
 STILL = 0.03  # of the pixels: fewer change from one time step to the next where it is stuck
 EXPLORE = (2, 8)  # time steps for which it acts at random: at least, and less than
+FORGIVEN = 5  # time steps for which another's action may be done, if it moves and walking or a jump then leads on
 
 
 class Futures(NamedTuple):
@@ -29,6 +30,18 @@ class Futures(NamedTuple):
     lived_N: np.ndarray
     solved_N: np.ndarray
     changed_NT: np.ndarray
+
+
+class Plan(NamedTuple):
+    """What to do from a state on, up to where there is something to decide.
+
+    easy: Whether walking or a jump leads on; else it takes a detour.
+    hopeless: Whether nothing does.
+    """
+
+    actions: list[int]
+    easy: bool = True
+    hopeless: bool = False
 
 
 class Walker:
@@ -57,7 +70,8 @@ class Walker:
         rng: np.random.Generator,
     ):
         self._explore, self._weights_A, self._rng = explore, weights_A, rng
-        wait, back, self._walk, jump = (names.index(name) for name in ("NONE", "LEFT", "RIGHT", "RIGHT+UP"))
+        wait, back, self._walk, self._jump = (names.index(name) for name in ("NONE", "LEFT", "RIGHT", "RIGHT+UP"))
+        jump = self._jump
         self._jumps = [[self._walk] * steps + [jump] * HOLD for steps in range(NEAR)]
         self._detours = [[action] * steps + [jump] * HOLD for steps in (3, 6, 10) for action in (wait, back)]
         self._detours += [
@@ -76,30 +90,56 @@ class Walker:
         states = env.get_state() if len(deciding) else []
         for b in deciding:
             explores = self._rng.random() < self._explore
-            self._plans[b] = np.array(self._random() if explores else self.plan(states[b]), np.int32)
+            self._plans[b] = np.array(self._random() if explores else self.plan(states[b]).actions, np.int32)
         actions_B = np.array([plan[0] if len(plan) else self._walk for plan in self._plans], np.int32)
         self._plans = [plan[1:] for plan in self._plans]
         return actions_B
 
-    def plan(self, state: bytes) -> list[int]:
-        """Actions from a state on, up to where there is something to decide."""
+    def plan(self, state: bytes) -> Plan:
+        """What it does from a state on."""
         walking = futures(self._ahead, state, [[self._walk] * SEE], self._walk)
         lived = int(walking.lived_N[0])
         if walking.solved_N[0]:
-            return [self._walk] * lived
+            return Plan([self._walk] * lived)
         # Whoever begins to walk needs two time steps to move.
         stuck = np.flatnonzero(walking.changed_NT[0, 2:lived] < STILL)
         trouble = min(lived, int(stuck[0]) + 2 if len(stuck) else SEE)
         if trouble > NEAR:
-            return [self._walk] * (trouble - NEAR)
+            return Plan([self._walk] * (trouble - NEAR))
         good_N = self._good(self._tries, state, self._jumps)[0]
         good_N[trouble + 1 :] = False
         if good_N.any():
-            return self._jumps[self._best(good_N)]
+            return Plan(self._jumps[self._best(good_N)])
         good_N, lived_N = self._good(self._others, state, self._detours)
         if good_N.any():
-            return self._detours[int(good_N.argmax())]
-        return self._detours[int(lived_N.argmax())][:1]  # it will die, unless things look otherwise a step later
+            return Plan(self._detours[int(good_N.argmax())], easy=False)
+        # It will die, unless things look otherwise a step later.
+        return Plan(self._detours[int(lived_N.argmax())][:1], easy=False, hopeless=True)
+
+    def advise(self, env: Any, actions_B: np.ndarray) -> np.ndarray:
+        """What to do in the place of another one's actions (B,): the same, but for mistakes that can still be mended.
+
+        Else an imitator would learn of many differences that make none, as keys do nothing in the air.
+        """
+        pairs = zip(env.get_state(), actions_B.tolist(), strict=True)
+        return np.array([self._advice(state, action) for state, action in pairs], np.int32)
+
+    def _advice(self, state: bytes, action: int) -> int:
+        if self.forgives(state, action):
+            return action
+        plan = self.plan(state)
+        return action if plan.hopeless else plan.actions[0]
+
+    def forgives(self, state: bytes, action: int) -> bool:
+        """Whether it would still get on without a detour had another one, who walks or jumps, done so for a while."""
+        if action not in (self._walk, self._jump):
+            return False
+        found = futures(self._ahead, state, [[action] * FORGIVEN], self._walk)
+        if self._ahead.observe()[2][0]:  # the level has ended
+            return bool(found.solved_N[0])
+        if found.changed_NT.max() < STILL:
+            return False
+        return self.plan(self._ahead.get_state()[0]).easy
 
     def close(self) -> None:
         """Frees the environments in which it looks ahead."""

@@ -423,6 +423,7 @@ def test_continues_notes_that_name_no_environment_and_no_other_one(dataset, tmp_
         ("--distribution_mode extreme", 1),
         ("--planner_rollouts 0", 1),
         ("--planner_explore 1.0", 1),
+        ("--learner runs/policy", 1),
         ("--num_episodes many", 2),
     ],
 )

@@ -12,6 +12,7 @@ from flax import nnx
 
 import evaluate_policy
 import train_policy
+from agents import clones
 from agents.labels import CodeMap, ContextMap, Labelled, PairMap, label
 from agents.policy import Chooser, PolicyPlayer, draw, shares, sharpened
 from evaluation.measured import Measured
@@ -20,13 +21,17 @@ from models.errors import InputError
 from models.genie import load_agent, load_lam
 from models.nn import Compute
 from models.policy import Agent, AgentConfig, Policy, PolicyConfig
+from sources import procgen, recording
 from sources.environment import RecordingOptions, options_of
 from sources.levels import clips_of
 from sources.once import Played, Scripted, play
 from sources.procgen import PlanningPlayer, Procgen
 from sources.recording import record
 from sources.registry import open_game
+from sources.walker import Walker
 from tests.conftest import CACHE, make_dataset
+from utils.action_source import TrueActions
+from utils.checkpoint import data_of
 from utils.data import Batch, ClipSource
 from utils.records import read_metadata
 
@@ -237,6 +242,39 @@ def test_a_policy_sees_the_last_frames_and_acts_for_those_who_play(latent):
         actions = player.act(frame, np.array([True, False]))
     np.testing.assert_array_equal(player._seen_NSHWC, frames[1:].swapaxes(0, 1))
     assert actions[1] == 0
+
+
+def test_a_level_that_begins_is_seen_without_what_was_before_it(latent):
+    player, frames = PolicyPlayer(Chooser(load_agent(latent)), 1.0, None, 0), np.zeros((2, 2, 64, 64, 3), np.uint8)
+    frames[1] = 200
+    for frame, first in zip(frames, ([True, True], [False, True]), strict=True):
+        player.act(frame, np.ones(2, bool), np.array(first))
+    assert player._seen_NSHWC.max(axis=(2, 3, 4)).tolist() == [[0, 200], [200, 200]]
+
+
+def test_a_policy_plays_and_the_walker_advises_while_clips_are_recorded(latent, tmp_path, monkeypatch):
+    monkeypatch.setattr(procgen, "EPISODE_STEPS", 60)
+    monkeypatch.setattr(recording, "EPISODE_STEPS", 60)
+    monkeypatch.setattr(clones, "LEARNER_LABELS", 10)
+    advised = dataclasses.replace(OPTIONS, policy="walker", planner_explore=0.0, action_weights=(), learner=str(latent))
+    play = lambda: GAME.play(advised, "train", 2, np.random.default_rng(5))
+    played = play()
+    monkeypatch.setattr(Walker, "advise", lambda self, env, done_B: np.full_like(done_B, 14))
+    unheard = play()
+    np.testing.assert_array_equal(played.frames_BTHWC, unheard.frames_BTHWC)  # the policy plays, and hears nothing
+    assert (unheard.actions_BT == 14).all()
+    assert (played.actions_BT != 14).any()
+
+    record(GAME, advised, tmp_path / "advised", 0)
+    source = ClipSource(tmp_path / "advised", "train", 4)
+    assert source.metadata.advised
+    assert not read_metadata(ClipSource(data_of(latent), "train", 4).folder).advised
+    with pytest.raises(InputError, match="advice"):
+        label(load_agent(latent), source, 1, 0)
+    with pytest.raises(InputError, match="advice"):
+        TrueActions().actions_of(source.metadata)
+    with pytest.raises(InputError, match=r"nowhere: no checkpoint here"):
+        record(GAME, dataclasses.replace(advised, learner="nowhere"), tmp_path / "none", 0)
 
 
 def test_players_are_compared_on_the_same_levels():
