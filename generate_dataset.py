@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sources.environment import EPISODE_STEPS, RecordingOptions
 from sources.levels import describe
+from sources.procgen import Procgen
 from sources.recording import record
 from sources.registry import find_environment, folder_name
 from sources.workers import num_cores
@@ -42,6 +43,12 @@ class Config(RecordingOptions):
 def main(config: Config) -> None:
     start = time.perf_counter()
     environment = find_environment(config.env, config)
+    if config.learner and isinstance(environment, Procgen):
+        from agents.clones import learner  # JAX
+        from models.genie import read_config
+
+        read_config(config.learner)
+        environment.load_learner = learner
     folder = Path(config.output_dir or Path("data") / folder_name(environment.name))
     metadata, num_reused = record(environment, config, folder, config.num_workers or num_cores())
     seconds = time.perf_counter() - start

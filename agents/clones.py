@@ -24,10 +24,10 @@ LEARNER_TEMPERATURE, LEARNER_LABELS = 0.2, 200
 
 
 @functools.lru_cache(maxsize=1)
-def learner(checkpoint: str, seed: int) -> "Clone":
-    """A policy that plays where clips are recorded: loaded and compiled once in each process."""
+def learner(checkpoint: str, seed: int, frame_shape: tuple[int, int, int], num_actions: int) -> MakePlayer:
+    """A policy that plays where clips are recorded, loaded and compiled once in each process; see `Clone.in_game`."""
     jax.config.update("jax_platforms", "cpu")  # else each of the processes that record would take a GPU for itself
-    return Clone(checkpoint, LEARNER_TEMPERATURE, LEARNER_LABELS, seed)
+    return Clone(checkpoint, LEARNER_TEMPERATURE, LEARNER_LABELS, seed).in_game(frame_shape, num_actions)
 
 
 class Clone:

@@ -6,8 +6,8 @@ import dataclasses
 import io
 import re
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,9 +19,6 @@ from sources.planner import Planner
 from sources.policies import choose_actions
 from sources.walker import Walker
 from utils.records import COINRUN_IDLE_ACTION, COINRUN_SAME_ACTIONS
-
-if TYPE_CHECKING:
-    from agents.policy import PolicyPlayer
 
 # So far apart that no split of any dataset shares a level with another split of any other.
 FIRST_LEVEL = {"train": 0, "val": 2**29, "test": 2**30}
@@ -78,6 +75,9 @@ class Procgen(Environment):
     action_names = ACTION_NAMES
     idle_action = COINRUN_IDLE_ACTION
     options = PROCGEN_OPTIONS
+    load_learner: Callable[[str, int, tuple[int, int, int], int], Callable[[int], Any]] | None = None
+    """Loads `RecordingOptions.learner` (`agents.clones.learner`). Whoever records sets it, as agents import this, not
+    the other way round."""
     at_once = 4  # images of more no longer fit a core's cache: 16 are 40 % slower
 
     def __init__(self, name: str, side: int = SIDE):
@@ -103,10 +103,6 @@ class Procgen(Environment):
         modes = ["easy", "hard", *(other for other, games in MODES.items() if self.name in games)]
         options.expect("distribution_mode", mode in modes, f"{', '.join(modes)} for {self.name}")
         self._weights(options)
-        if options.learner:
-            from models.genie import read_config  # JAX
-
-            read_config(options.learner)
         import_procgen()
 
     def provenance(self, options: RecordingOptions) -> dict[str, Any]:
@@ -125,7 +121,12 @@ class Procgen(Environment):
         else:
             planner = None
             actions_BT = choose_actions(options.policy, self._weights(options), rng, B, T)
-        learner = self._learner(options, rng) if options.learner else None
+        learner = None
+        if options.learner:
+            options.expect("learner", self.load_learner is not None, "none where nobody can load it")
+            assert self.load_learner
+            make_learner = self.load_learner(options.learner, options.seed, self.frame_shape, len(ACTION_NAMES))
+            learner = make_learner(int(rng.integers(2**31)))
         frames_BTHWC = np.empty((B, T, *self.frame_shape), np.uint8)
         rewards_BT = np.empty((B, T), np.float32)
         levels_BT = np.empty((B, T), np.int32)
@@ -175,13 +176,6 @@ class Procgen(Environment):
         if options.policy == "walker":
             return Walker(make, num_envs, options.planner_explore, weights_A, ACTION_NAMES, rng)
         return Planner(make, num_envs, options.planner_rollouts, options.planner_explore, weights_A, rng)
-
-    def _learner(self, options: RecordingOptions, rng: np.random.Generator) -> "PolicyPlayer":
-        """The policy that plays while the walker gives advice."""
-        from agents.clones import learner  # JAX
-
-        make = learner(options.learner, options.seed).in_game(self.frame_shape, len(ACTION_NAMES))
-        return make(int(rng.integers(2**31)))
 
     def _weights(self, options: RecordingOptions) -> tuple[float, ...]:
         """How often each action is chosen.

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import evaluate_policy
+import generate_dataset
 import train_policy
 from agents import clones
 from agents.labels import CodeMap, ContextMap, Labelled, PairMap, label
@@ -257,7 +258,11 @@ def test_a_policy_plays_and_the_walker_advises_while_clips_are_recorded(latent, 
     monkeypatch.setattr(recording, "EPISODE_STEPS", 60)
     monkeypatch.setattr(clones, "LEARNER_LABELS", 10)
     advised = dataclasses.replace(OPTIONS, policy="walker", planner_explore=0.0, action_weights=(), learner=str(latent))
-    play = lambda: GAME.play(advised, "train", 2, np.random.default_rng(5))
+    game = Procgen("coinrun")
+    with pytest.raises(InputError, match="nobody can load it"):
+        game.play(advised, "train", 2, np.random.default_rng(5))
+    game.load_learner = clones.learner
+    play = lambda: game.play(advised, "train", 2, np.random.default_rng(5))
     played = play()
     monkeypatch.setattr(Walker, "advise", lambda self, env, done_B: np.full_like(done_B, 14))
     unheard = play()
@@ -265,16 +270,19 @@ def test_a_policy_plays_and_the_walker_advises_while_clips_are_recorded(latent, 
     assert (unheard.actions_BT == 14).all()
     assert (played.actions_BT != 14).any()
 
-    record(GAME, advised, tmp_path / "advised", 0)
+    record(game, advised, tmp_path / "advised", 0)
     source = ClipSource(tmp_path / "advised", "train", 4)
     assert source.metadata.advised
     assert not read_metadata(ClipSource(data_of(latent), "train", 4).folder).advised
+    assert open_game(source.folder)[1].learner == str(latent)  # the game can be opened, to be played
     with pytest.raises(InputError, match="advice"):
         label(load_agent(latent), source, 1, 0)
     with pytest.raises(InputError, match="advice"):
         TrueActions().actions_of(source.metadata)
     with pytest.raises(InputError, match=r"nowhere: no checkpoint here"):
-        record(GAME, dataclasses.replace(advised, learner="nowhere"), tmp_path / "none", 0)
+        generate_dataset.main(
+            generate_dataset.Config(policy="walker", learner="nowhere", output_dir=str(tmp_path / "none"))
+        )
 
 
 def test_players_are_compared_on_the_same_levels():
