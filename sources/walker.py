@@ -70,8 +70,8 @@ class Walker:
         rng: np.random.Generator,
     ):
         self._explore, self._weights_A, self._rng = explore, weights_A, rng
-        wait, back, self._walk, self._jump = (names.index(name) for name in ("NONE", "LEFT", "RIGHT", "RIGHT+UP"))
-        jump = self._jump
+        wait, back, self._walk, jump = (names.index(name) for name in ("NONE", "LEFT", "RIGHT", "RIGHT+UP"))
+        self._ways_on = (self._walk, jump)
         self._jumps = [[self._walk] * steps + [jump] * HOLD for steps in range(NEAR)]
         self._detours = [[action] * steps + [jump] * HOLD for steps in (3, 6, 10) for action in (wait, back)]
         self._detours += [
@@ -132,7 +132,7 @@ class Walker:
 
     def forgives(self, state: bytes, action: int) -> bool:
         """Whether it would still get on without a detour had another one, who walks or jumps, done so for a while."""
-        if action not in (self._walk, self._jump):
+        if action not in self._ways_on:
             return False
         found = futures(self._ahead, state, [[action] * FORGIVEN], self._walk)
         if self._ahead.observe()[2][0]:  # the level has ended
