@@ -123,8 +123,8 @@ class Procgen(Environment):
             actions_BT = choose_actions(options.policy, self._weights(options), rng, B, T)
         learner = None
         if options.learner:
-            options.expect("learner", self.load_learner is not None, "none where nobody can load it")
-            assert self.load_learner
+            if self.load_learner is None:
+                raise InputError(f"`learner` {options.learner}: expected none where nobody can load it")
             make_learner = self.load_learner(options.learner, options.seed, self.frame_shape, len(ACTION_NAMES))
             learner = make_learner(int(rng.integers(2**31)))
         frames_BTHWC = np.empty((B, T, *self.frame_shape), np.uint8)
