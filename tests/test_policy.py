@@ -34,6 +34,7 @@ from tests.conftest import CACHE, make_dataset
 from utils.action_source import TrueActions
 from utils.checkpoint import data_of
 from utils.data import Batch, ClipSource
+from utils.mixture import Mixture
 from utils.records import read_metadata
 
 SMALL = PolicyConfig(width=8, num_heads=2, num_blocks=1, patch_size=4, context=3, num_actions=5, frame_shape=(8, 8, 3))
@@ -273,7 +274,9 @@ def test_a_policy_plays_and_the_walker_advises_while_clips_are_recorded(latent, 
     record(game, advised, tmp_path / "advised", 0)
     source = ClipSource(tmp_path / "advised", "train", 4)
     assert source.metadata.advised
-    assert not read_metadata(ClipSource(data_of(latent), "train", 4).folder).advised
+    done = ClipSource(data_of(latent), "train", 4)
+    assert not read_metadata(done.folder).advised
+    assert Mixture([done, source], [0.5, 0.5]).metadata.advised
     assert open_game(source.folder)[1].learner == str(latent)  # the game can be opened, to be played
     with pytest.raises(InputError, match="advice"):
         label(load_agent(latent), source, 1, 0)
