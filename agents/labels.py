@@ -119,8 +119,6 @@ def label(agent: Agent, source: ClipSource, num: int, seed: int, rows: int = 32)
     context, S = agent.cfg.policy.context, source.seq_len
     if not source.metadata.num_actions:
         raise InputError(f"`data_dir` {source.folder}: has no actions to take labels from")
-    if source.metadata.advised:
-        raise InputError(f"`data_dir` {source.folder}: its actions are advice (--learner), and not what was done")
     if num > len(source):
         raise InputError(f"`labels` {num}: {source.folder} has {len(source)} clips, and takes one label from each")
     rng = np.random.default_rng(seed)

@@ -34,7 +34,7 @@ class RecordingOptions:
     until the next one, or for a few time steps, so that mistakes are in the data too."""
     learner: str = ""
     """Of the walker: --ckpt_dir of a policy's training (train_policy.py), which plays. Where it makes a mistake that
-    can be mended, what the walker would do is recorded in its place: actions to be cloned, not those that were done."""
+    can be mended, the walker shows how, and that is recorded in the place of what the mistake leads to."""
     action_weights: tuple[str, ...] = ()
     """Procgen: how often sticky, and the planner in its futures, choose an action, by comparison: RIGHT=1 RIGHT+UP=3;
     those that are not named are not chosen. Empty takes the game's own."""
@@ -89,6 +89,7 @@ class RecordingOptions:
         self.expect("planner_rollouts", self.planner_rollouts >= 1, "at least 1")
         self.expect("planner_explore", 0 <= self.planner_explore < 1, "0 or more and less than 1")
         self.expect("learner", not self.learner or self.policy == "walker", "none but with --policy walker")
+        self.expect("only_solved", not (self.only_solved and self.learner), "False with a `learner`")
 
     def expect(self, name: str, ok: bool, expected: str) -> None:
         """Raises an InputError with the value of the field `name` unless it is `ok`."""

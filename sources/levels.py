@@ -66,8 +66,9 @@ def levels_of(played: Recording, episode: int) -> Iterator[Level]:
     """The levels of one of the episodes, one after the other."""
     first_T = played.first_BT[episode]
     ends = [flags[episode] for flags in (played.terminated_BT, played.truncated_BT) if flags is not None]
+    final = lambda end: any(bool(flags_T[end - 1]) for flags_T in ends)
     for begin, end in itertools.pairwise([*np.flatnonzero(first_T).tolist(), len(first_T)]):
-        ended = end < len(first_T) or any(bool(flags_T[end - 1]) for flags_T in ends)
+        ended = final(end) if ends else end < len(first_T)
         told = ended and played.success_BT is not None
         yield Level(begin, end, ended, bool(played.success_BT[episode, end - 1]) if told else None)  # type: ignore[index]
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from models.errors import InputError
+from sources.corrections import Corrections
 from sources.environment import EPISODE_STEPS, PROCGEN_OPTIONS, Environment, Recording, RecordingOptions
 from sources.once import Stepped
 from sources.planner import Planner
@@ -112,6 +113,8 @@ class Procgen(Environment):
         }
 
     def play(self, options: RecordingOptions, split: str, num_envs: int, rng: np.random.Generator) -> Recording:
+        if options.learner:
+            return self._corrected(options, split, num_envs, rng)
         B, T = num_envs, EPISODE_STEPS
         rand_seed = int(rng.integers(2**31 - 1))
         env = self.make(options, split, B, rand_seed)
@@ -121,12 +124,6 @@ class Procgen(Environment):
         else:
             planner = None
             actions_BT = choose_actions(options.policy, self._weights(options), rng, B, T)
-        learner = None
-        if options.learner:
-            if self.load_learner is None:
-                raise InputError(f"`learner` {options.learner}: expected none where nobody can load it")
-            make_learner = self.load_learner(options.learner, options.seed, self.frame_shape, len(ACTION_NAMES))
-            learner = make_learner(int(rng.integers(2**31)))
         frames_BTHWC = np.empty((B, T, *self.frame_shape), np.uint8)
         rewards_BT = np.empty((B, T), np.float32)
         levels_BT = np.empty((B, T), np.int32)
@@ -139,14 +136,9 @@ class Procgen(Environment):
             frames_BTHWC[:, t] = self.pictures(env, observation)
             first_BT[:, t] = first_B
             levels_BT[:, t] = levels_B
-            if learner and isinstance(planner, Walker):
-                done_B = learner.act(frames_BTHWC[:, t], np.ones(B, bool), first_B)
-                actions_BT[:, t] = planner.advise(env, done_B)
-            else:
-                if planner:
-                    actions_BT[:, t] = planner.act(env, first_B)
-                done_B = actions_BT[:, t]
-            env.act(done_B)
+            if planner:
+                actions_BT[:, t] = planner.act(env, first_B)
+            env.act(actions_BT[:, t])
             rewards_BT[:, t], observation, first_B = env.observe()
             if first_B.any():
                 infos = env.get_info()
@@ -160,6 +152,27 @@ class Procgen(Environment):
         terminated_BT = ended_BT & ~truncated_BT
         return Recording(
             frames_BTHWC, actions_BT, rewards_BT, first_BT, levels_BT, terminated_BT, truncated_BT, success_BT
+        )
+
+    def _corrected(self, options: RecordingOptions, split: str, num_envs: int, rng: np.random.Generator) -> Recording:
+        """A policy that plays, and what the walker shows it (`sources.corrections`)."""
+        if self.load_learner is None:
+            raise InputError(f"`learner` {options.learner}: expected none where nobody can load it")
+        make_learner = self.load_learner(options.learner, options.seed, self.frame_shape, len(ACTION_NAMES))
+        walker, episodes = self.planner(options, split, 1, rng), []
+        assert isinstance(walker, Walker)
+        for seed in rng.integers(2**31 - 1, size=num_envs).tolist():
+            game, shown = (self.make(options, split, 1, seed) for _ in range(2))
+            corrections = Corrections(game, shown, walker, make_learner(seed), self.pictures, rng)
+            steps = corrections.record(EPISODE_STEPS)
+            episodes.append([np.array(column) for column in zip(*steps, strict=True)])
+            game.close()
+            shown.close()
+        walker.close()
+        frames, actions, rewards, first, levels, terminated, success = map(np.stack, zip(*episodes, strict=True))
+        return Recording(
+            *(frames, actions.astype(np.int32), rewards.astype(np.float32), first, levels.astype(np.int32)),
+            *(terminated, np.zeros_like(terminated), success),
         )
 
     def levels(self, options: RecordingOptions, split: str, num: int, seed: int) -> "ProcgenLevels":

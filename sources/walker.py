@@ -116,19 +116,15 @@ class Walker:
         # It will die, unless things look otherwise a step later.
         return Plan(self._detours[int(lived_N.argmax())][:1], easy=False, hopeless=True)
 
-    def advise(self, env: Any, actions_B: np.ndarray) -> np.ndarray:
-        """What to do in the place of another one's actions (B,): the same, but for mistakes that can still be mended.
+    def mend(self, state: bytes, action: int) -> list[int]:
+        """What to do from a state on in the place of another one's action: nothing, but for mistakes to be mended.
 
         Else an imitator would learn of many differences that make none, as keys do nothing in the air.
         """
-        pairs = zip(env.get_state(), actions_B.tolist(), strict=True)
-        return np.array([self._advice(state, action) for state, action in pairs], np.int32)
-
-    def _advice(self, state: bytes, action: int) -> int:
         if self.forgives(state, action):
-            return action
+            return []
         plan = self.plan(state)
-        return action if plan.hopeless else plan.actions[0]
+        return [] if plan.hopeless or plan.actions[0] == action else plan.actions
 
     def forgives(self, state: bytes, action: int) -> bool:
         """Whether it would still get on without a detour had another one, who walks or jumps, done so for a while."""

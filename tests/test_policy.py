@@ -29,12 +29,8 @@ from sources.once import Played, Scripted, play
 from sources.procgen import PlanningPlayer, Procgen
 from sources.recording import record
 from sources.registry import open_game
-from sources.walker import Walker
 from tests.conftest import CACHE, make_dataset
-from utils.action_source import TrueActions
-from utils.checkpoint import data_of
 from utils.data import Batch, ClipSource
-from utils.mixture import Mixture
 from utils.records import read_metadata
 
 SMALL = PolicyConfig(width=8, num_heads=2, num_blocks=1, patch_size=4, context=3, num_actions=5, frame_shape=(8, 8, 3))
@@ -254,34 +250,29 @@ def test_a_level_that_begins_is_seen_without_what_was_before_it(latent):
     assert player._seen_NSHWC.max(axis=(2, 3, 4)).tolist() == [[0, 200], [200, 200]]
 
 
-def test_a_policy_plays_and_the_walker_advises_while_clips_are_recorded(latent, tmp_path, monkeypatch):
+def test_a_policy_plays_and_is_corrected_while_clips_are_recorded(latent, tmp_path, monkeypatch):
     monkeypatch.setattr(procgen, "EPISODE_STEPS", 60)
     monkeypatch.setattr(recording, "EPISODE_STEPS", 60)
     monkeypatch.setattr(clones, "LEARNER_LABELS", 10)
-    advised = dataclasses.replace(OPTIONS, policy="walker", planner_explore=0.0, action_weights=(), learner=str(latent))
+    options = dataclasses.replace(
+        OPTIONS, policy="walker", planner_explore=0.0, action_weights=(), learner=str(latent), min_clip_length=4
+    )
     game = Procgen("coinrun")
     with pytest.raises(InputError, match="nobody can load it"):
-        game.play(advised, "train", 2, np.random.default_rng(5))
+        game.play(options, "train", 2, np.random.default_rng(5))
     game.load_learner = clones.learner
-    play = lambda: game.play(advised, "train", 2, np.random.default_rng(5))
-    played = play()
-    monkeypatch.setattr(Walker, "advise", lambda self, env, done_B: np.full_like(done_B, 14))
-    unheard = play()
-    np.testing.assert_array_equal(played.frames_BTHWC, unheard.frames_BTHWC)  # the policy plays, and hears nothing
-    assert (unheard.actions_BT == 14).all()
-    assert (played.actions_BT != 14).any()
+    play = lambda: game.play(options, "train", 2, np.random.default_rng(5))
+    for one, other in zip(played := play(), play(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert np.array_equal(played.first_BT[:, 1:][played.terminated_BT[:, :-1]], [True] * played.terminated_BT.sum())
+    assert played.first_BT.sum() > played.terminated_BT.sum() + 2  # what is shown breaks off in the middle of levels
+    assert not played.truncated_BT.any()
 
-    record(game, advised, tmp_path / "advised", 0)
-    source = ClipSource(tmp_path / "advised", "train", 4)
-    assert source.metadata.advised
-    done = ClipSource(data_of(latent), "train", 4)
-    assert not read_metadata(done.folder).advised
-    assert Mixture([done, source], [0.5, 0.5]).metadata.advised
-    assert open_game(source.folder)[1].learner == str(latent)  # the game can be opened, to be played
-    with pytest.raises(InputError, match="advice"):
-        label(load_agent(latent), source, 1, 0)
-    with pytest.raises(InputError, match="advice"):
-        TrueActions().actions_of(source.metadata)
+    metadata, _ = record(game, options, tmp_path / "corrected", 0)
+    assert metadata.levels["ended"] < sum(shard.count() for shards in metadata.splits.values() for shard in shards)
+    assert open_game(tmp_path / "corrected")[1].learner == str(latent)  # the game can be opened, to be played
+    with pytest.raises(InputError, match="only_solved"):
+        dataclasses.replace(options, only_solved=True).check()
     with pytest.raises(InputError, match=r"nowhere: no checkpoint here"):
         generate_dataset.main(
             generate_dataset.Config(policy="walker", learner="nowhere", output_dir=str(tmp_path / "none"))

@@ -49,8 +49,6 @@ class TrueActions:
         """
         if not metadata.has_actions:
             raise InputError("`use_gt_actions`: the dataset has no actions; train a LAM instead")
-        if metadata.advised:
-            raise InputError("`use_gt_actions`: the dataset's actions are advice (--learner), and not what was done")
         columns = metadata.action_columns
         return {
             "num_actions": metadata.num_actions,

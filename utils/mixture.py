@@ -170,7 +170,6 @@ def _joined(sources: Sequence[ClipSource]) -> Metadata:
         action_names=tuple(names) if everywhere else None,
         same_actions=same,
         idle_action=idle,
-        advised=any(source.metadata.advised for source in sources),
         action_columns=first.action_columns if all(c == columns[0] for c in columns) else (),
     )
 

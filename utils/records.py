@@ -212,7 +212,6 @@ class Metadata:
     action_columns: What the columns of actions beyond one integer mean; empty where there are no such.
     levels: Of a recorded dataset: how many levels "ended", how many were "solved" (None where that is not told), and
       the mean of the "rewards" earned in one (None where none ended); None where it is not known.
-    advised: Whether actions are what should have been done, which is not always what led to the next frame.
     """
 
     environment: str
@@ -226,7 +225,6 @@ class Metadata:
     idle_action: str | None = None
     action_columns: tuple[ActionColumn, ...] = ()
     levels: dict[str, Any] | None = None
-    advised: bool = False
 
     @property
     def num_actions(self) -> int:
@@ -295,7 +293,6 @@ def read_metadata(folder: str | Path) -> Metadata:
             idle_action=fields.get("idle_action"),
             action_columns=tuple(map(column_from, fields.get("action_columns", ()))),
             levels=fields.get("levels"),
-            advised=fields.get("advised", False),
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged metadata ({error!r}); generate the data again") from error
