@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from models import flops
+from models.errors import InputError
 from models.lam import LAM, LAMConfig
 from models.padding import after_first, even, mean_of_true
 from utils.cli import run
@@ -30,6 +31,13 @@ class Config(TrainConfig):
     """Steps to train in all; a finished training goes on if this grows."""
     commitment: float = 0.0
     """Weight of the loss that holds latents near their codes; it soon draws all of them to one or two codes."""
+    action_dropout: float = 0.0
+    """Share of the actions that the decoder has to do without, so that they tell what it cannot know by itself."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.action_dropout < 1:
+            raise InputError(f"`action_dropout` {self.action_dropout}: must be 0 or more and less than 1")
 
 
 TINY = Config(
@@ -87,10 +95,11 @@ bench: for benchmarks/ only.
 """
 
 
-def loss_fn(model: LAM, batch: Batch, cfg: Config) -> tuple[jax.Array, tuple]:
+def loss_fn(model: LAM, inputs: tuple[Batch, jax.Array | None], cfg: Config) -> tuple[jax.Array, tuple]:
     """Mean squared error of each next frame, predicted from the past and the action, and commitment."""
+    batch, told_BTm1 = inputs
     frames = batch.frames_BTHWC.astype(jnp.float32) / 255
-    out = model(frames, train=True, weight_BT=batch.weight_BT)
+    out = model(frames, train=True, weight_BT=batch.weight_BT, told_BTm1=told_BTm1)
     mse = mean_of_true(jnp.square(out.next_frames_BTm1HWC - frames[:, 1:]), after_first(batch.weight_BT))
     metrics = {"mse": mse, "commitment": out.commitment}
     return mse + cfg.commitment * out.commitment, (metrics, (out.latents_BTm1L, out.actions_BTm1))
@@ -99,7 +108,13 @@ def loss_fn(model: LAM, batch: Batch, cfg: Config) -> tuple[jax.Array, tuple]:
 def train_step(state: TrainState, batch: Batch, key: jax.Array, cfg: Config) -> tuple[TrainState, dict]:
     """One update of the parameters by gradient, and of the codebook by moving average."""
     batch = batch._replace(weight_BT=even(batch.weight_BT, first=1))
-    grads, metrics, latents_and_actions = gradients(lambda m, b: loss_fn(m, b, cfg), state, batch, cfg.grad_accum)
+    told_BTm1 = None
+    if cfg.action_dropout:
+        key, drawn = jax.random.split(key)
+        B, T = batch.frames_BTHWC.shape[:2]
+        told_BTm1 = jax.random.bernoulli(drawn, 1.0 - cfg.action_dropout, (B, T - 1))
+    inputs = batch, told_BTm1
+    grads, metrics, latents_and_actions = gradients(lambda m, x: loss_fn(m, x, cfg), state, inputs, cfg.grad_accum)
     state, norms = apply_gradients(state, grads, cfg)
     model = state.model()
     weight_BTm1 = after_first(batch.weight_BT)

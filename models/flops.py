@@ -92,7 +92,8 @@ def lam_step(cfg: "LAMConfig", num_frames: int) -> int:
     """Of a training step for one clip, forward and backward; the decoder sees all frames but the last."""
     N, channels = num_patches(cfg.frame_shape, cfg.patch_size), cfg.patch_size**2 * cfg.frame_shape[2]
     Tm1 = num_frames - 1
-    decoder = transformer(cfg, N, Tm1) + dense(N * Tm1, channels, cfg.width)
+    seen = 2 * channels if cfg.decoder_sees_change else channels
+    decoder = transformer(cfg, N, Tm1) + dense(N * Tm1, seen, cfg.width)
     if cfg.motion_reach:
         decoder += motion_head(cfg.width, cfg.patch_size, cfg.frame_shape, cfg.motion_reach, Tm1)
     else:

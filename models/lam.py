@@ -38,6 +38,8 @@ class LAMConfig(STConfig):
     num_codes and whose count code_width; none for a learned codebook."""
     motion_reach: int = 0
     """Pixels by which the decoder can move the last frame, patch by patch; 0: it makes each anew, as in the paper."""
+    decoder_sees_change: bool = False
+    """Show the decoder each patch beside its change, so that it knows the velocity, and an action need not tell it."""
     own_decoder: Annotated[bool, tyro.conf.Suppress] = True
     """Whether it predicts frames itself; else its encoder learns by the loss of a dynamics model."""
     frame_shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (64, 64, 3)
@@ -84,7 +86,7 @@ class LAM(nnx.Module):
         if not cfg.own_decoder:
             return
         self.code_out = linear(cfg.code_width, cfg.width, compute, rngs, bias=True)
-        self.past_in = linear(channels, cfg.width, compute, rngs, bias=True)
+        self.past_in = linear((2 if cfg.decoder_sees_change else 1) * channels, cfg.width, compute, rngs, bias=True)
         self.decoder_position_NM = init.positions(rngs, N, cfg.width)
         self.decoder = STTransformer(cfg, compute, rngs, Places(columns))
         if cfg.motion_reach:
@@ -93,15 +95,23 @@ class LAM(nnx.Module):
             self.patch_out = linear(cfg.width, channels, compute, rngs, scale=0.0, bias=True)
 
     def __call__(
-        self, frames_BTHWC: jax.Array, train: bool = False, weight_BT: jax.Array | None = None
+        self,
+        frames_BTHWC: jax.Array,
+        train: bool = False,
+        weight_BT: jax.Array | None = None,
+        told_BTm1: jax.Array | None = None,
     ) -> ActionReconstruction:
         """Infers the actions of a clip in [0, 1] and predicts each next frame from them.
 
         Args:
           weight_BT: In training, what the frames count (see `models.padding`).
+          told_BTm1: Which actions the decoder is told; by default all.
         """
         quantized = self.act(frames_BTHWC, train, weight_BT)
-        next_frames, hidden = self._predict(frames_BTHWC[:, :-1], quantized.vectors_XL)
+        vectors_BTm1L = quantized.vectors_XL
+        if told_BTm1 is not None:
+            vectors_BTm1L = vectors_BTm1L * told_BTm1[..., None]
+        next_frames, hidden = self._predict(frames_BTHWC[:, :-1], vectors_BTm1L)
         return ActionReconstruction(next_frames, quantized.codes_X, quantized.latents_XL, quantized.commitment, hidden)
 
     def act(self, frames_BTHWC: jax.Array, train: bool = False, weight_BT: jax.Array | None = None) -> Quantized:
@@ -127,7 +137,8 @@ class LAM(nnx.Module):
         patches_BTm1NP = patchify(past_BTm1HWC, self.cfg.patch_size)
         actions_BTm1L = actions_BTm1L * self.cfg.code_width**0.5
         # Added to every patch, as the paper does: as one token among many it would go unheard for thousands of steps.
-        x_BTm1NM = self.past_in(2.0 * patches_BTm1NP - 1.0) + self.code_out(actions_BTm1L)[:, :, None]
+        seen = _with_changes(patches_BTm1NP) if self.cfg.decoder_sees_change else 2.0 * patches_BTm1NP - 1.0
+        x_BTm1NM = self.past_in(seen) + self.code_out(actions_BTm1L)[:, :, None]
         hidden_BTm1NM = self.decoder(x_BTm1NM + self.decoder_position_NM[...]).x_BTNM
         if self.cfg.motion_reach:
             return self.move(hidden_BTm1NM, past_BTm1HWC), hidden_BTm1NM
@@ -137,9 +148,12 @@ class LAM(nnx.Module):
 
     def latents(self, frames_BTHWC: jax.Array) -> jax.Array:
         """What the codebook makes actions of, (B, Tm1, L)."""
-        # Each patch comes with its change since the last frame, so that motion can be seen before any attention.
-        patches_BTNP = patchify(frames_BTHWC, self.cfg.patch_size)
-        changes_BTNP = jnp.diff(patches_BTNP, axis=1, prepend=patches_BTNP[:, :1])
-        x_BTNM = self.patch_in(jnp.concatenate([2.0 * patches_BTNP - 1.0, 4.0 * changes_BTNP], axis=-1))
+        x_BTNM = self.patch_in(_with_changes(patchify(frames_BTHWC, self.cfg.patch_size)))
         x_BTNp1M = jnp.pad(x_BTNM, ((0, 0), (0, 0), (1, 0), (0, 0))) + self.encoder_position_Np1M[...]
         return self.code_in(self.encoder(x_BTNp1M).x_BTNM[:, 1:, 0])
+
+
+def _with_changes(patches_BTNP: jax.Array) -> jax.Array:
+    """Each patch beside its change since the last frame, so that motion can be seen before any attention."""
+    changes_BTNP = jnp.diff(patches_BTNP, axis=1, prepend=patches_BTNP[:, :1])
+    return jnp.concatenate([2.0 * patches_BTNP - 1.0, 4.0 * changes_BTNP], axis=-1)

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import models
+import train_lam
 from models.causal import Causal
 from models.dynamics import DynamicsConfig, masked_cross_entropy
 from models.errors import InputError
@@ -25,6 +26,9 @@ from models.nn import Compute, STConfig, patchify, unpatchify
 from models.tokenizer import Tokenizer, TokenizerConfig
 from models.vq import VectorQuantizer
 from tests import shapes
+from utils.data import Batch
+from utils.optim import make_optimizer
+from utils.state import TrainState
 
 B, T, H, W = 2, 4, 8, 8
 SIZE = {"width": 16, "num_heads": 2, "num_blocks": 2}
@@ -56,8 +60,9 @@ def test_tokenizer_sees_no_later_frame():
     np.testing.assert_array_equal(seen, np.tril(np.ones((T, T), bool)))
 
 
-def test_lam_decoder_sees_past_frames_and_actions_only():
-    model = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0))
+@pytest.mark.parametrize("change", [False, True])
+def test_lam_decoder_sees_past_frames_and_actions_only(change):
+    model = LAM(dataclasses.replace(LAM_CONFIG, decoder_sees_change=change), Compute(), nnx.Rngs(0))
     # At the start the decoder repeats the last frame, whatever the action; a trained one does not.
     model.patch_out.kernel[...] = jax.random.normal(jax.random.key(4), model.patch_out.kernel.shape)
     vectors = jax.random.normal(jax.random.key(2), (B, T - 1, 4))
@@ -349,23 +354,58 @@ def test_idle_codes_move_to_different_latents():
     np.testing.assert_allclose(np.max(fresh, axis=1), 1, atol=1e-5)
 
 
-def test_lam_sees_motion_before_any_attention():
-    model = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0))
-    encoder, seen = model.encoder, []
+@pytest.mark.parametrize(
+    ("part", "run"),
+    [
+        ("encoder", lambda model, x: model.latents(x)),
+        ("decoder", lambda model, x: model.predict(x, jnp.zeros((B, T, 4)))),
+    ],
+)
+def test_lam_sees_motion_before_any_attention(part, run):
+    model = LAM(dataclasses.replace(LAM_CONFIG, decoder_sees_change=True), Compute(), nnx.Rngs(0))
+    transformer, seen = getattr(model, part), []
 
     def watched(x_BTNM):
         seen.append(x_BTNM)
-        return encoder(x_BTNM)
+        return transformer(x_BTNM)
 
-    model.encoder = watched
+    setattr(model, part, watched)
 
-    def encoder_input(frames_BTHWC):
-        model.latents(frames_BTHWC)
+    def given(frames_BTHWC):
+        run(model, frames_BTHWC)
         return seen.pop()
 
     # What goes in for a frame comes from it and from the one before.
     near = np.eye(T, dtype=bool) | np.eye(T, k=-1, dtype=bool)
-    np.testing.assert_array_equal(influence(encoder_input, FRAMES), near)
+    np.testing.assert_array_equal(influence(given, FRAMES), near)
+
+
+def test_a_lams_decoder_predicts_without_the_actions_that_it_is_not_told():
+    model = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0))
+    model.patch_out.kernel[...] = jax.random.normal(jax.random.key(4), model.patch_out.kernel.shape)
+    told = jnp.ones((B, T - 1), bool).at[:, 1].set(False)
+    out = model(FRAMES, told_BTm1=told)
+    vectors = model.vq.lookup(out.actions_BTm1).at[:, 1].set(0.0)
+    np.testing.assert_allclose(out.next_frames_BTm1HWC, model.predict(FRAMES[:, :-1], vectors), atol=1e-5)
+    assert np.abs(out.next_frames_BTm1HWC - model(FRAMES).next_frames_BTm1HWC).max() > 1e-3
+
+
+def test_each_step_of_a_lams_training_drops_other_actions(monkeypatch):
+    told, loss_fn = [], train_lam.loss_fn
+    monkeypatch.setattr(train_lam, "loss_fn", lambda m, given, cfg: (told.append(given[1]), loss_fn(m, given, cfg))[1])
+    batch = Batch(jnp.zeros((64, T, H, W, 3), jnp.uint8), None)
+    for dropout in (0.0, 0.25):
+        cfg = train_lam.Config(model=LAM_CONFIG, action_dropout=dropout)
+        model = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0))
+        state = TrainState.create(model, nnx.Param, make_optimizer(cfg, 10), ema=False)
+        for i in range(2):
+            train_lam.train_step(state, batch, jax.random.key(i), cfg)
+    assert told[:2] == [None, None]
+    assert told[2].shape == (64, T - 1)
+    assert 0.65 < told[2].mean() < 0.85
+    assert (told[2] != told[3]).any()
+    with pytest.raises(InputError, match="action_dropout"):
+        train_lam.Config(action_dropout=1.0)
 
 
 def test_an_untrained_lam_repeats_the_last_frame():
