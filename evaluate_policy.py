@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agents.labels import CodeMap, ContextMap, Labelled, PairMap, label
+from agents.labels import CodeMap, ContextMap, Labelled, PairMap, Steps, label, others
 from agents.policy import Chooser, PolicyPlayer
 from evaluation.measured import Measured, write_json
 from evaluation.page import write_page
@@ -102,12 +102,14 @@ def action_shares(source: ClipSource, seed: int, num_clips: int = 256) -> np.nda
     return np.bincount(actions.reshape(-1), minlength=source.metadata.num_actions) / actions.size
 
 
-def action_map(kind: str, labelled: Labelled, agent: Agent, num_actions: int, seed: int) -> Any:
+def action_map(kind: str, labelled: Labelled, more: Steps, agent: Agent, num_actions: int, seed: int) -> Any:
     """The map of a kind (`evaluation.playing.MAPS`) from latent to true actions; without labels they mean anything."""
     num_codes = agent.cfg.policy.num_actions
-    if kind == "code" or not len(labelled.codes_N):
+    if kind == "code" or not len(labelled.actions_N):
         return CodeMap(labelled, num_codes, num_actions, seed)
-    return {"pair": PairMap, "context": ContextMap}[kind](labelled, num_codes, num_actions)
+    if kind == "pair":
+        return PairMap(labelled, num_codes, num_actions)
+    return ContextMap(labelled, more, num_codes, num_actions)
 
 
 def clone_of(checkpoint: str) -> Agent | None:
@@ -136,18 +138,18 @@ def play_all(cfg: Config, table: Table, agent: Agent, source: ClipSource) -> dic
     if clone := clone_of(cfg.checkpoint):
         mapped, before = None, Chooser(clone)
         if clone.lam:  # from the same labels as the policy's
-            labelled = label(clone, source, cfg.main_labels, cfg.seed)
-            mapped = action_map("context", labelled, clone, table.num_actions, cfg.seed)
+            labelled, more = label(clone, source, cfg.main_labels, cfg.seed), others(clone, source, cfg.seed)
+            mapped = action_map("context", labelled, more, clone, table.num_actions, cfg.seed)
         name = f"{BEFORE}, {cfg.main_labels} labels, context" if clone.lam else BEFORE
         found[name] = table.play(name, lambda _: PolicyPlayer(before, cfg.temperature, mapped, cfg.seed))
     choose = Chooser(agent)
     if not agent.lam:
         found["policy"] = table.play("policy", lambda _: PolicyPlayer(choose, cfg.temperature, None, cfg.seed))
         return found
-    labelled = label(agent, source, max(cfg.labels), cfg.seed)
+    labelled, more = label(agent, source, max(cfg.labels), cfg.seed), others(agent, source, cfg.seed)
     for num in cfg.labels:
         for kind in MAPS if num else ("code",):
-            mapped = action_map(kind, labelled.first(num), agent, table.num_actions, cfg.seed)
+            mapped = action_map(kind, labelled.first(num), more, agent, table.num_actions, cfg.seed)
             main = num == cfg.main_labels and kind == "context"
             name = Clone(num, kind).name
             player = lambda _, mapped=mapped: PolicyPlayer(choose, cfg.temperature, mapped, cfg.seed)

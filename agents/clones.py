@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from agents.labels import ActionMap, CodeMap, ContextMap, Labelled, label
+from agents.labels import ActionMap, CodeMap, ContextMap, Labelled, Steps, label, others
 from agents.policy import Chooser, PolicyPlayer
 from models.errors import InputError
 from models.genie import World, load_agent, read_config
@@ -66,7 +66,8 @@ class Clone:
             source = ClipSource(data_of(self._checkpoint), "train", seq_len)
             labelled = label(self._agent, source, self._num_labels, self._seed)
             self._expect("{} actions", source.metadata.num_actions, num_actions)
-            self._map = ContextMap(labelled, self._agent.cfg.policy.num_actions, num_actions)
+            more = others(self._agent, source, self._seed)
+            self._map = ContextMap(labelled, more, self._agent.cfg.policy.num_actions, num_actions)
         return self._player(self._map)
 
     def in_world(self, world: World, name: str, codes_of: Callable[[], Sequence[int]]) -> MakePlayer:
@@ -90,7 +91,8 @@ class Clone:
             return self._player(None)
         codes_A, num_true = np.asarray(codes_of()), self._agent.cfg.policy.num_actions
         self._expect("{} actions", num_true, len(codes_A))
-        known = Labelled(np.arange(num_true), np.zeros(num_true, int), np.zeros((num_true, 0)), codes_A)
+        none_NX = np.zeros((num_true, 0))
+        known = Labelled(Steps(np.arange(num_true), np.zeros(num_true, int), none_NX, none_NX), codes_A)
         return self._player(CodeMap(known, num_true, world.num_actions))
 
     def _player(self, action_map: ActionMap | None) -> MakePlayer:

@@ -119,12 +119,13 @@ class Walker:
     def mend(self, state: bytes, action: int) -> list[int]:
         """What to do from a state on in the place of another one's action: nothing, but for mistakes to be mended.
 
-        Else an imitator would learn of many differences that make none, as keys do nothing in the air.
+        Else an imitator would learn of many differences that make none, as keys do nothing in the air. A detour is
+        shown to who has begun it too: how long one has waited, no picture tells, and so it may wait for ever.
         """
         if self.forgives(state, action):
             return []
         plan = self.plan(state)
-        return [] if plan.hopeless or plan.actions[0] == action else plan.actions
+        return [] if plan.hopeless or (plan.easy and plan.actions[0] == action) else plan.actions
 
     def forgives(self, state: bytes, action: int) -> bool:
         """Whether it would still get on without a detour had another one, who walks or jumps, done so for a while."""

@@ -270,7 +270,7 @@ def test_what_comes_of_it_is_an_agent(improved, clone, world):
     assert {"val_worth_of_clone", "val_solved", "val_ended_of_clone", "val_divergence"} <= set(told)
     seq_len = read_config(improved)["train"]["seq_len"]  # as those who label do
     labelled = label(load_agent(improved), ClipSource(world / "data", "train", seq_len), 4, 0)
-    assert len(labelled.codes_N) == 4
+    assert len(labelled.actions_N) == 4
     with pytest.raises(InputError, match="holds an actor_critic, but a world is needed"):
         load_world(improved)
 

@@ -8,7 +8,7 @@ import pytest
 from sources.corrections import PASSED, SHOWN, Corrections
 from sources.environment import RecordingOptions
 from sources.procgen import ACTION_NAMES, Procgen
-from sources.walker import FORGIVEN, Walker, futures
+from sources.walker import FORGIVEN, Plan, Walker, futures
 
 WAIT, RIGHT, JUMP = (ACTION_NAMES.index(name) for name in ("NONE", "RIGHT", "RIGHT+UP"))
 OPTIONS = RecordingOptions(policy="walker", planner_explore=0.0, use_backgrounds=False, restrict_themes=True)
@@ -170,6 +170,21 @@ def test_who_walks_blindly_through_coinrun_is_shown_how_to_get_on(walker):
     assert np.mean(moves) > 0.9
 
 
+def test_who_waits_is_shown_how_long_and_who_walks_on_as_the_walker_would_is_left_alone(walker, monkeypatch):
+    state = make(1).get_state()[0]
+    detour = Plan([WAIT, WAIT, JUMP], easy=False)
+    for plan, action, mended in (
+        (detour, WAIT, detour.actions),
+        (detour, JUMP, detour.actions),
+        (Plan([RIGHT, JUMP]), RIGHT, []),
+        (Plan([RIGHT, JUMP]), JUMP, [RIGHT, JUMP]),
+        (Plan([WAIT], easy=False, hopeless=True), RIGHT, []),
+    ):
+        monkeypatch.setattr(walker, "forgives", lambda state, action: False)
+        monkeypatch.setattr(walker, "plan", lambda state, plan=plan: plan)
+        assert walker.mend(state, action) == mended
+
+
 def test_who_jumps_blindly_is_left_alone_but_where_it_would_die(walker):
     steps = in_coinrun(walker, JUMP)
     assert np.mean([step.action == JUMP for step in steps]) > 0.6
@@ -189,7 +204,7 @@ def test_what_leads_on_is_forgiven_and_what_does_not_is_mended(walker):
             assert not mended
             assert lived == FORGIVEN or plan.actions == [RIGHT] * lived
         else:
-            assert mended == ([] if plan.hopeless or plan.actions[0] == RIGHT else plan.actions)
+            assert mended == ([] if plan.hopeless or (plan.easy and plan.actions[0] == RIGHT) else plan.actions)
         seen[forgiven] += 1
         assert not walker.forgives(state, WAIT)
         env.act(walker.act(env, env.observe()[2]))

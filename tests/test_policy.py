@@ -14,7 +14,7 @@ import evaluate_policy
 import generate_dataset
 import train_policy
 from agents import clones
-from agents.labels import CodeMap, ContextMap, Labelled, PairMap, label
+from agents.labels import CodeMap, ContextMap, Labelled, PairMap, Steps, label, others
 from agents.policy import Chooser, PolicyPlayer, draw, shares, sharpened
 from evaluation.measured import Measured
 from evaluation.playing import best_sticky, compared, measured_play, sections
@@ -126,9 +126,12 @@ def test_what_cannot_be_cloned_is_refused(changes, message, coinrun, dataset, tm
 
 
 LABELLED = Labelled(
-    codes_N=np.array([0, 0, 0, 1, 1, 1]),
-    before_N=np.array([0, 0, 1, 1, 1, 0]),
-    hidden_NM=np.array([[9.0, 0], [9, 0], [-9, 0], [9, 0], [-9, 0], [-9, 0]]),
+    Steps(
+        codes_N=np.array([0, 0, 0, 1, 1, 1]),
+        before_N=np.array([0, 0, 1, 1, 1, 0]),
+        hidden_NM=np.zeros((6, 2)),
+        around_NF=np.array([[1.0, 0], [1, 0], [-1, 0], [1, 0], [-1, 0], [-1, 0]]),
+    ),
     actions_N=np.array([3, 3, 1, 3, 1, 1]),
 )
 
@@ -139,10 +142,21 @@ def test_maps_know_what_they_were_shown():
     np.testing.assert_allclose(by_code, [[0, 1 / 3, 0, 2 / 3], [0, 2 / 3, 0, 1 / 3], [0, 0.5, 0, 0.5]])
     by_pair = PairMap(LABELLED, num_codes=3, num_actions=4).shares(codes, before, hidden)
     np.testing.assert_allclose(by_pair, [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0.5, 0, 0.5]])  # the last pair is unknown
-    # What the policy sees tells the action, whatever the code.
-    by_context = ContextMap(LABELLED, num_codes=3, num_actions=4).shares(codes, before, hidden)
-    assert by_context.argmax(axis=1).tolist() == [3, 1, 3]
-    assert by_context.max(axis=1).min() > 0.8
+
+
+def test_what_the_policy_sees_is_told_by_what_the_lam_sees_around_steps_without_labels():
+    """Labels say what the latents around a step mean; other steps, which hidden states come with such latents."""
+    rng, N = np.random.default_rng(0), 400
+    codes, right = rng.integers(3, size=N), rng.random(N) < 0.5
+    sides = np.where(right, 1.0, -1.0)
+    more = Steps(codes, codes, np.stack([9 * sides, rng.normal(size=N)], axis=1), sides[:, None] * [1.0, 0.0])
+    shares_NA = ContextMap(LABELLED, more, 3, 4).shares(
+        np.arange(3), np.zeros(3), np.array([[9.0, 0], [-9, 0], [9, 0]])
+    )
+    assert shares_NA.argmax(axis=1).tolist() == [3, 1, 3]
+    turned = more._replace(hidden_NM=-more.hidden_NM)
+    turned_NA = ContextMap(LABELLED, turned, 3, 4).shares(np.arange(3), np.zeros(3), np.array([[9.0, 0]] * 3))
+    assert turned_NA.argmax(axis=1).tolist() == [1, 1, 1]
 
 
 def test_without_labels_each_code_stands_for_one_action():
@@ -171,7 +185,8 @@ def test_an_action_is_as_likely_as_the_latent_ones_that_stand_for_it():
         def __call__(self, frames_NSHWC):
             return np.log(np.tile([0.6, 0.3, 0.1], (len(frames_NSHWC), 1))), np.zeros((len(frames_NSHWC), 2))
 
-    known = Labelled(np.array([0, 1, 2]), np.zeros(3, int), np.zeros((3, 2)), np.array([0, 1, 1]))
+    none = np.zeros((3, 0))
+    known = Labelled(Steps(np.array([0, 1, 2]), np.zeros(3, int), none, none), np.array([0, 1, 1]))
     frames, playing = np.zeros((4000, 1, 1, 3), np.uint8), np.ones(4000, bool)
     for temperature, expected in ((1.0, 0.4), (0.5, 0.16 / 0.52), (0.0, 0.0)):
         player = PolicyPlayer(Constant(), temperature, CodeMap(known, 3, 2), 0)  # type: ignore[arg-type]
@@ -179,23 +194,31 @@ def test_an_action_is_as_likely_as_the_latent_ones_that_stand_for_it():
         assert set(player._before_N) <= {0, 1}  # what most likely stood behind each action
 
 
-def test_labels_are_of_the_step_that_the_policy_is_asked_about(coinrun, latent):
-    agent, source = load_agent(latent), ClipSource(coinrun, "train", 4)
+def test_labels_are_of_the_last_step_but_one_and_others_of_all_between(coinrun, latent):
+    agent, source = load_agent(latent), ClipSource(coinrun, "train", 6)
     ten, three = label(agent, source, 10, seed=0), label(agent, source, 3, seed=0)
-    for a, b in zip(ten.first(3), three, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    for a, b in zip(ten.first(3).steps, three.steps, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+    assert len(label(agent, source, 0, seed=0).actions_N) == 0
     rng = np.random.default_rng(0)
     clips, positions = rng.permutation(len(source)), rng.random(len(source))
     batch = source.windows(clips[:10].tolist(), positions[:10].tolist())
-    np.testing.assert_array_equal(ten.actions_N, batch.actions_BT[:, 2])  # leads from frame 2 to frame 3, the last one
+    np.testing.assert_array_equal(ten.actions_N, batch.actions_BT[:, 3])  # leads from frame 3 to frame 4, of 0 to 5
     frames = batch.frames_BTHWC.astype(np.float32) / 255
-    np.testing.assert_array_equal(
-        np.stack([ten.before_N, ten.codes_N], axis=1), jax.jit(agent.lam.infer)(frames)[:, 1:]
-    )
-    chosen = jax.jit(lambda frames: agent.policy(frames))(frames[:, 1:3])
-    np.testing.assert_allclose(ten.hidden_NM, chosen.hidden_BTM[:, 0], atol=1e-5)
+    acted = jax.jit(agent.lam.act)(frames)
+    np.testing.assert_array_equal(np.stack([ten.steps.before_N, ten.steps.codes_N], axis=1), acted.codes_X[:, 2:4])
+    around = acted.latents_XL[:, 2:5].reshape(10, -1)
+    np.testing.assert_allclose(ten.steps.around_NF, around, rtol=1e-4, atol=1e-3)
+    chosen = jax.jit(lambda frames: agent.policy(frames))(frames[:, 2:4])
+    np.testing.assert_allclose(ten.steps.hidden_NM, chosen.hidden_BTM[:, 0], atol=1e-5)
+
+    more = others(agent, source, 0)
+    assert len(more.codes_N) == 3 * min(len(source), 400)  # steps 1, 2 and 3 of each window
+    np.testing.assert_array_equal(more.codes_N.reshape(-1, 3)[:, :2], more.before_N.reshape(-1, 3)[:, 1:])
     with pytest.raises(InputError, match=r"`labels` 100000: .* takes one label from each"):
         label(agent, source, 100_000, seed=0)
+    with pytest.raises(InputError, match=r"`seq_len` 3: windows of 4 frames or more"):
+        label(agent, ClipSource(coinrun, "train", 3), 1, seed=0)
 
 
 class Telling:

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from agents.clones import Clone, same_lam
-from agents.labels import ContextMap, label
+from agents.labels import ContextMap, label, others
 from agents.policy import Chooser, PolicyPlayer
 from agents.worlds import surest_actions
 from models.dynamics import DynamicsConfig
@@ -228,8 +228,8 @@ def test_a_policy_acts_by_the_screen_that_it_sees(kind, game, world, policies):
     true = [LEFT, RIGHT, RIGHT, UP]
     if kind == "latent":
         game = load_game(cfg)
-        labelled = label(agent, ClipSource(world / "data", "train", 4), 8, 0)
-        maps = [ContextMap(labelled, 4, len(GAME.action_names)), None]
+        source = ClipSource(world / "data", "train", 4)
+        maps = [ContextMap(label(agent, source, 8, 0), others(agent, source, 0), 4, len(GAME.action_names)), None]
     else:
         maps = [None, Fixed(codes, 4)]
     players = [PolicyPlayer(Chooser(agent, 1), cfg.policy_temperature, each, 5) for each in maps]
