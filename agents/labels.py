@@ -14,7 +14,7 @@ from utils.data import ClipSource
 
 OTHERS = 400  # windows without labels from which `ContextMap` learns
 RIDGES = 3.0, 0.1  # how strongly its weights are held near 0: of what labels tell, and of what that tells of others
-SPREAD = 0.25  # standard deviation of the latents that it sees; hidden states have a length of about twice `SPREAD` * 4
+SPREAD = 0.25  # standard deviation of the latents that it sees
 
 
 class Steps(NamedTuple):
@@ -144,7 +144,7 @@ def label(agent: Agent, source: ClipSource, num: int, seed: int) -> Labelled:
         raise InputError(f"`labels` {num}: {source.folder} has {len(source)} clips, and takes one label from each")
     rng = np.random.default_rng(seed)
     clips, positions = rng.permutation(len(source)), rng.random(len(source))
-    steps, actions_NS = _look(agent, source, clips[: max(num, 1)], positions)
+    steps, actions_NS = _look(agent, source, clips[: max(num, 1)], positions, last=True)
     return Labelled(Steps(*(x[:, -1] for x in steps)), actions_NS[:, -1]).first(num)
 
 
@@ -152,18 +152,23 @@ def others(agent: Agent, source: ClipSource, seed: int) -> Steps:
     """Draws steps of a dataset, whose actions are not looked at; raises as `label` does."""
     rng = np.random.default_rng([seed, 1])
     clips = rng.permutation(len(source))[:OTHERS]
-    steps, _ = _look(agent, source, clips, rng.random(len(clips)))
+    steps, _ = _look(agent, source, clips, rng.random(len(clips)), last=False)
     return Steps(*(x.reshape(-1, *x.shape[2:]) for x in steps))
 
 
 def _look(
-    agent: Agent, source: ClipSource, clips_N: np.ndarray, positions_N: np.ndarray, rows: int = 32
+    agent: Agent, source: ClipSource, clips_N: np.ndarray, positions_N: np.ndarray, last: bool, rows: int = 32
 ) -> tuple[Steps, np.ndarray]:
-    """Of windows of clips the steps that have one before and one after, (N, S, ...), and their true actions (N, S)."""
+    """Of windows of clips the steps that have one before and one after, (N, S, ...), and their true actions (N, S).
+
+    Args:
+      last: The last of them alone.
+    """
     context, T = agent.cfg.policy.context, source.seq_len
     first, end = max(context - 1, 1), T - 2
     if end <= first:
         raise InputError(f"`seq_len` {T}: windows of {first + 3} frames or more are needed, to look around a step")
+    first = end - 1 if last else first
     graphdef, variables = nnx.split(agent)
 
     @jax.jit
