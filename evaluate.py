@@ -18,7 +18,6 @@ from typing import Any, Literal
 import jax
 
 from evaluation.actions import ActionLabel, with_names
-from evaluation.buttons import measure_buttons
 from evaluation.clips import digest
 from evaluation.comparison import comparison
 from evaluation.measured import Measured, read_metrics, write_json
@@ -26,7 +25,16 @@ from evaluation.outcomes import measure_heads
 from evaluation.page import write_page
 from evaluation.rollouts import Player
 from evaluation.sampling import measure_sampling
-from evaluation.suite import Bench, Plan, measure_lam, measure_tokenizer, measure_world, set_up, true_actions
+from evaluation.suite import (
+    Bench,
+    Plan,
+    measure_lam,
+    measure_presses,
+    measure_tokenizer,
+    measure_world,
+    set_up,
+    true_actions,
+)
 from evaluation.table import HEADLINES, METRICS
 from evaluation.worlds import Result, compare_worlds, names_of
 from models.errors import InputError
@@ -123,7 +131,7 @@ def measure(
         sampling = cfg.over(stored_sampling(checkpoint))
         play = Player(world, sampling, bench.plan.batch_size, cfg.seed)
         if lam:
-            buttons = measure_buttons(play, bench.pool.frames_BTHWC, actions, world.num_actions, cfg.seed)
+            buttons = measure_presses(bench, lam, play)
             measured |= buttons
             labels = with_names(labels, buttons.details["buttons"], actions)
         measured |= measure_world(bench, play, actions, reconstruction, labels)

@@ -1,10 +1,11 @@
 """Buttons: what each action does in a world, by measured shifts, and a name that says so.
 
-Each action is held for a few frames, from held-out prompts after which the LAM saw that very action begin, those first
-in which the player is nearest to rest: who stands at a wall could not show what a step to it does, and who flies goes
-on flying whatever is pressed. What counts is how the picture shifts, and what is at its centre, in comparison to the
-idle action from the same prompt. A camera that follows the player shows its steps as shifts of the picture the other
-way; where the picture stands, what is at the centre moves. `benchmarks/keys.py` measures a game's own keys so.
+Each action is held for a few frames, from held-out prompts after which the LAM saw that very action begin and
+something moved in truth, those first in which the player is nearest to rest: who stands at a wall could not show what
+a step to it does, and who flies goes on flying whatever is pressed. What counts is how the picture shifts, and what
+is at its centre, in comparison to the idle action from the same prompt. A camera that follows the player shows its
+steps as shifts of the picture the other way; where the picture stands, what is at the centre moves.
+`benchmarks/keys.py` measures a game's own keys so.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from evaluation.measured import Measured
 from evaluation.rollouts import Play
 
 PROMPTS, PROMPT_FRAMES, HELD_FRAMES = 20, 4, 4
-CANDIDATES = 200  # of which the prompts are chosen, drawn at random
+CLIPS = 480  # of which the prompts are chosen, or all that there are: few are at rest
+CANDIDATES = 600  # of their prompts, drawn at random
 IDLE_PAIRS = 60  # steps of each action by which the idle one is found
 STILL = 0.5  # pixels per frame: who moves less stays
 BETTER = 0.98  # of the best error so far: a longer shift must reach it, so that flat pictures do not shift
@@ -66,7 +68,8 @@ def measure_buttons(
 def _prompts(frames: np.ndarray, actions: np.ndarray, action: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts after which an action followed, and the actions within them.
 
-    First come those after which it begins, where the one before was another; then those at whose end least moves; then
+    First come those after which it begins, where the one before was another; then those after which something
+    moves: the picture, or, where it never does, what is at its centre; then those at whose end least moves; then
     those of different clips.
     """
     length = min(PROMPT_FRAMES, frames.shape[1] - 1)
@@ -77,10 +80,13 @@ def _prompts(frames: np.ndarray, actions: np.ndarray, action: int, seed: int) ->
     goes_on = actions[clips, times + length - 2] == action if length > 1 else np.zeros(len(clips), bool)
     first = np.argsort(goes_on, kind="stable")[:CANDIDATES]
     clips, times, goes_on = clips[first], times[first], goes_on[first]
-    last = np.stack([frames[clips, times + max(length - 2, 0)], frames[clips, times + length - 1]], axis=1)
-    picture, centre = (np.linalg.norm(x, axis=1) for x in _per_frame(last))
+    moves = lambda t, to: [
+        np.linalg.norm(x, axis=1) for x in _per_frame(frames[clips[:, None], times[:, None] + [t, to]])
+    ]
+    (picture, centre), after = moves(max(length - 2, 0), length - 1), moves(length - 1, length)
+    shows_nothing = (after[0] if (after[0] >= STILL).any() else after[1]) < STILL
     turns = np.array([(clips[:i] == clip).sum() for i, clip in enumerate(clips)])
-    chosen = np.lexsort((turns, centre, picture, goes_on))[:PROMPTS]
+    chosen = np.lexsort((turns, centre, picture, shows_nothing, goes_on))[:PROMPTS]
     cut = lambda of, n: np.stack([of[clips[i], times[i] : times[i] + n] for i in chosen])
     return cut(frames, length), cut(actions, length - 1)
 

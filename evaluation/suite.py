@@ -15,7 +15,8 @@ from evaluation.actions import (
     merge_actions,
     true_action_labels,
 )
-from evaluation.clips import Clips, choose_clips
+from evaluation.buttons import CLIPS, measure_buttons
+from evaluation.clips import Clips, choose_clips, in_batches, jitted, to_float
 from evaluation.codes import code_sheet, mean_patches, measure_codes
 from evaluation.control import action_sweep, measure_control, strung_actions
 from evaluation.distribution import measure_distribution
@@ -157,6 +158,14 @@ def measure_lam(bench: Bench, lam: LAM) -> MeasuredLAM:
     )
     labels = action_labels(meaning.details["latent_actions"]["table"], names)
     return MeasuredLAM(measured | meaning, actions, labels)
+
+
+def measure_presses(bench: Bench, lam: LAM, play: Player) -> Measured:
+    """What each latent action does in a world, from prompts out of more clips than all else is measured on."""
+    plan = bench.plan
+    frames = choose_clips(bench.source, max(CLIPS, len(bench.pool.frames_BTHWC)), plan.seed).frames_BTHWC
+    actions = in_batches(jitted(lam, lambda lam, frames: lam.infer(to_float(frames))), plan.batch_size, frames)
+    return measure_buttons(play, frames, actions, lam.cfg.num_codes, plan.seed)
 
 
 def true_actions(bench: Bench, world: World) -> tuple[np.ndarray, list[ActionLabel] | None]:

@@ -153,6 +153,26 @@ def test_prompts_after_which_the_action_begins_come_first():
 
 
 @pytest.mark.parametrize("show", [scrolled, standing, followed])
+def test_prompts_after_which_something_moved_come_first(show):
+    """Who stands at a wall cannot show what a step to it does, and a LAM has no reason for the code that it gives."""
+    play, frames, actions, n = world(show, [(0, 0), (3, 0)])
+    begins = actions[:, -1] == 1
+    stands, of_stands = frames[begins].copy(), actions[begins].copy()
+    stands[:, -1] = stands[:, -2]
+    of_stands[:, 0] = 1  # tells them apart
+    asked = []
+    hold = lambda prompt, held: asked.append(held) or play(prompt, held)
+    measure_buttons(hold, np.concatenate([stands, frames]), np.concatenate([of_stands, actions]), n)
+    assert len(asked[2]) == PROMPTS
+    assert not asked[2][:, 0].any()
+    asked.clear()
+    frames[np.flatnonzero(begins)[4:], -1] = frames[np.flatnonzero(begins)[4:], -2]  # too few are left that move
+    measure_buttons(hold, np.concatenate([stands, frames]), np.concatenate([of_stands, actions]), n)
+    assert len(asked[2]) == PROMPTS
+    assert asked[2][:, 0].any()
+
+
+@pytest.mark.parametrize("show", [scrolled, standing, followed])
 def test_prompts_at_whose_end_least_moves_come_first(show):
     """Who flies goes on flying whatever is pressed."""
     play, frames, actions, n = world(show, [(0, 0), (3, 0)])
