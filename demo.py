@@ -129,7 +129,7 @@ def estimate(cfg: Config, summary: dict[str, Any]) -> str:
     return f"\ntrainings and their measurement follow: about {minutes} min on {where}"
 
 
-EXPLORES = ("LEFT=1", "NONE=2", "UP=1", "RIGHT=4", "RIGHT+UP=4")
+EXPLORES = ("LEFT=1", "UP=1", "RIGHT=4", "RIGHT+UP=4")
 """What the walker does where it does not walk or jump as it should."""
 
 
@@ -146,7 +146,7 @@ def agent(cfg: Config, root: Path, data: str, lam: str) -> None:
     if not (expert / "metadata.json").exists():
         looks = ["--no-use_backgrounds"] * (not options.use_backgrounds)
         looks += ["--restrict_themes"] * options.restrict_themes
-        walker = ["--policy", "walker", "--planner_explore", "0.08", "--only_solved", "--action_weights", *EXPLORES]
+        walker = ["--policy", "walker", "--planner_explore", "0.03", "--only_solved", "--action_weights", *EXPLORES]
         cut = ["--clip_length", "16", "--min_clip_length", "8", "--num_episodes", str(cfg.expert_episodes)]
         together(["generate_dataset.py", "--output_dir", str(expert), *walker, *cut, *looks, *seed])
     policy, oracle = (str(root / name) for name in ("policy", "oracle"))

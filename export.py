@@ -153,10 +153,9 @@ def commands(cfg: Config, metadata: Metadata) -> list[str]:
     """The commands that made a world, as far as its folders tell."""
     found = []
     if options := metadata.made_by.get("config"):
-        flags = []
-        for name, value in options.items():
-            flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-        found.append(shlex.join([str(metadata.made_by.get("command")), *flags]))
+        words = lambda x: [] if isinstance(x, bool) else map(str, x if isinstance(x, list) else [x])
+        flags = [[f"--{'no-' * (x is False)}{name}", *words(x)] for name, x in options.items() if x not in ("", [])]
+        found.append(shlex.join([str(metadata.made_by.get("command")), *itertools.chain(*flags)]))
     config = read_config(cfg.run)
     for name in ("tokenizer_checkpoint", "lam_checkpoint"):
         folder = config["train"].get(name, "")

@@ -76,11 +76,13 @@ def targets(agent: Agent, batch: Batch, frames_BTHWC: jax.Array) -> jax.Array:
 def predict(agent: Agent, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Logits (B, S, A) of a policy that sees frames up to t alone, and the actions (B, S) that then lead to t + 1.
 
-    It is asked where it has seen `context` frames, so that what it sees in play is what it has learned from.
+    What was before a window's first frame counts as that frame, as before a level's first one in play. Else it would
+    see still pictures where an expert stands, and nowhere else, and would stand as well.
     """
     frames = batch.frames_BTHWC.astype(jnp.float32) / 255
-    logits_BSA = agent.policy(frames[:, :-1]).logits_BTA
-    return logits_BSA, targets(agent, batch, frames)[:, agent.cfg.policy.context - 1 :]
+    before = jnp.repeat(frames[:, :1], agent.cfg.policy.context - 1, axis=1)
+    logits_BSA = agent.policy(jnp.concatenate([before, frames[:, :-1]], axis=1)).logits_BTA
+    return logits_BSA, targets(agent, batch, frames)
 
 
 def loss_fn(agent: Agent, batch: Batch) -> tuple[jax.Array, tuple]:
@@ -138,7 +140,7 @@ def agent_config(cfg: Config, metadata: Metadata) -> AgentConfig:
 def clip_flops(cfg: Config, agent: AgentConfig) -> int:
     """Floating-point operations of a training step for one clip; the LAM only runs forward."""
     infer = flops.lam_infer(agent.lam, cfg.seq_len) if agent.lam else 0
-    return 3 * flops.policy(agent.policy, cfg.seq_len - agent.policy.context) + infer
+    return 3 * flops.policy(agent.policy, cfg.seq_len - 1) + infer
 
 
 def main(cfg: Config) -> None:

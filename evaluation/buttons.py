@@ -69,7 +69,7 @@ def _prompts(frames: np.ndarray, actions: np.ndarray, action: int, seed: int) ->
     """Prompts after which an action followed, and the actions within them.
 
     First come those after which it begins, where the one before was another; then those after which something
-    moves: the picture, or, where it never does, what is at its centre; then those at whose end least moves; then
+    moves: the picture, or, where it never does, what is at its centre; then those in which least moves; then
     those of different clips.
     """
     length = min(PROMPT_FRAMES, frames.shape[1] - 1)
@@ -80,10 +80,10 @@ def _prompts(frames: np.ndarray, actions: np.ndarray, action: int, seed: int) ->
     goes_on = actions[clips, times + length - 2] == action if length > 1 else np.zeros(len(clips), bool)
     first = np.argsort(goes_on, kind="stable")[:CANDIDATES]
     clips, times, goes_on = clips[first], times[first], goes_on[first]
-    moves = lambda t, to: [
-        np.linalg.norm(x, axis=1) for x in _per_frame(frames[clips[:, None], times[:, None] + [t, to]])
-    ]
-    (picture, centre), after = moves(max(length - 2, 0), length - 1), moves(length - 1, length)
+    pairs = [frames[clips[:, None], times[:, None] + [t, t + 1]] for t in range(length)]
+    motion = np.array([np.linalg.norm(_per_frame(pair), axis=-1) for pair in pairs])  # of the picture, of its centre
+    picture, centre = motion[:-1].max(axis=0, initial=0.0)
+    after = motion[-1]
     shows_nothing = (after[0] if (after[0] >= STILL).any() else after[1]) < STILL
     turns = np.array([(clips[:i] == clip).sum() for i, clip in enumerate(clips)])
     chosen = np.lexsort((turns, centre, picture, shows_nothing, goes_on))[:PROMPTS]

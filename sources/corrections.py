@@ -9,7 +9,7 @@ import numpy as np
 
 from sources.walker import Walker
 
-SHOWN = 12  # time steps that the walker shows, and more where it needs them to do what it means to
+SHOWN = 16  # time steps that the walker shows, a clip, and more where it needs them to do what it means to
 PASSED = 4  # time steps after a mistake that are not recorded, while the learner sees what it leads to
 FOLLOWED = 0.5  # share of the mistakes after which it goes on from where the walker has led to
 

@@ -10,10 +10,11 @@ import numpy as np
 
 from sources.policies import choose_actions
 
-SEE = 24  # time steps of walking that it looks ahead
-NEAR = 14  # time steps before a trouble at which it decides; CoinRun's view reaches as far
-HOLD = 10  # time steps for which it holds a jump
-AFTER = 12  # time steps that it has to live after that
+SEE = 14  # time steps that it looks ahead; at full speed CoinRun's view reaches as far, and no further
+KEPT = 3  # time steps for which it does what it has decided, and then looks again
+NEAR = 6  # time steps within which it looks for the moment of a jump
+HOLD = 10  # time steps for which it means to hold a jump; it may think otherwise where it sees what it lands on
+AFTER = 4  # time steps after those of a plan within which something must move
 STILL = 0.03  # of the pixels: fewer change from one time step to the next where it is stuck
 EXPLORE = (2, 8)  # time steps for which it acts at random: at least, and less than
 FORGIVEN = 5  # time steps for which another's action may be done, if it moves and walking or a jump then leads on
@@ -48,8 +49,9 @@ class Walker:
     """Acts in environments side by side.
 
     It walks as long as that leads on. Before a death, or where it would get stuck, it jumps: of all time steps to jump
-    at it takes one shortly before the last, if there is a choice. If none is good, it waits or walks back first. The
-    game is restored with its random numbers, so what it looks at comes as it was.
+    at it takes one shortly before the last, if there is a choice. If none is good, it goes back first, in the air too,
+    where it sees that it would land badly. It never waits, since no picture tells how long one has. The game is
+    restored with its random numbers, so what it looks at comes as it was.
 
     Args:
       make: Makes so many environments side by side, of the kind that is played.
@@ -70,14 +72,14 @@ class Walker:
         rng: np.random.Generator,
     ):
         self._explore, self._weights_A, self._rng = explore, weights_A, rng
-        wait, back, self._walk, jump = (names.index(name) for name in ("NONE", "LEFT", "RIGHT", "RIGHT+UP"))
+        self._back, self._walk, jump = (names.index(name) for name in ("LEFT", "RIGHT", "RIGHT+UP"))
         self._ways_on = (self._walk, jump)
         self._jumps = [[self._walk] * steps + [jump] * HOLD for steps in range(NEAR)]
-        self._detours = [[action] * steps + [jump] * HOLD for steps in (3, 6, 10) for action in (wait, back)]
-        self._detours += [
-            [back] * away + [self._walk] * steps + [jump] * HOLD for away in (4, 8) for steps in (2, 4, 6, 8)
+        self._detours = [
+            [self._back] * away + way
+            for away in (2, 5, 8, 12)
+            for way in ([], *([self._walk] * steps + [jump] * HOLD for steps in (0, 4)))
         ]
-        self._detours += [[jump] * steps for steps in (2 * HOLD, 26)]  # it jumps again where it lands
         self._ahead, self._tries, self._others = (make(num) for num in (1, NEAR, len(self._detours)))
         self._plans = [np.zeros(0, np.int32) for _ in range(num_envs)]  # of each environment, from the present step on
 
@@ -103,29 +105,29 @@ class Walker:
             return Plan([self._walk] * lived)
         # Whoever begins to walk needs two time steps to move.
         stuck = np.flatnonzero(walking.changed_NT[0, 2:lived] < STILL)
+        if lived == SEE and not len(stuck):
+            return Plan([self._walk] * KEPT)
         trouble = min(lived, int(stuck[0]) + 2 if len(stuck) else SEE)
-        if trouble > NEAR:
-            return Plan([self._walk] * (trouble - NEAR))
         good_N = self._good(self._tries, state, self._jumps)[0]
         good_N[trouble + 1 :] = False
         if good_N.any():
-            return Plan(self._jumps[self._best(good_N)])
+            steps = self._best(good_N)
+            return Plan(self._jumps[steps][: steps + KEPT] if steps < KEPT else [self._walk] * KEPT)
         good_N, lived_N = self._good(self._others, state, self._detours)
         if good_N.any():
-            return Plan(self._detours[int(good_N.argmax())], easy=False)
+            return Plan(self._detours[int(good_N.argmax())][:KEPT], easy=False)
         # It will die, unless things look otherwise a step later.
         return Plan(self._detours[int(lived_N.argmax())][:1], easy=False, hopeless=True)
 
     def mend(self, state: bytes, action: int) -> list[int]:
         """What to do from a state on in the place of another one's action: nothing, but for mistakes to be mended.
 
-        Else an imitator would learn of many differences that make none, as keys do nothing in the air. A detour is
-        shown to who has begun it too: how long one has waited, no picture tells, and so it may wait for ever.
+        Else an imitator would learn of many differences that make none, as keys do nothing in the air.
         """
         if self.forgives(state, action):
             return []
         plan = self.plan(state)
-        return [] if plan.hopeless or (plan.easy and plan.actions[0] == action) else plan.actions
+        return [] if plan.hopeless or plan.actions[0] == action else plan.actions
 
     def forgives(self, state: bytes, action: int) -> bool:
         """Whether it would still get on without a detour had another one, who walks or jumps, done so for a while."""
@@ -144,13 +146,17 @@ class Walker:
             env.close()
 
     def _good(self, env: Any, state: bytes, plans: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Which plans solve the level, or lead on and are survived; also how long each lives."""
+        """Which plans solve the level, or lead on and are survived as far as is to be seen; also how long each lives.
+
+        Who goes back sees so much longer what comes.
+        """
         length_N = np.array([len(plan) for plan in plans])
+        seen_N = np.array([SEE + plan.count(self._back) for plan in plans])
         lived_N, solved_N, changed_NT = futures(env, state, plans, self._walk, AFTER)
         moves_N = np.array(
             [rows_T[n : n + AFTER].max() >= STILL for rows_T, n in zip(changed_NT, length_N, strict=True)]
         )
-        return solved_N | ((lived_N >= length_N + AFTER) & moves_N), lived_N
+        return solved_N | ((lived_N >= seen_N) & moves_N), lived_N
 
     def _random(self) -> np.ndarray:
         steps = int(self._rng.integers(*EXPLORE))

@@ -172,13 +172,14 @@ def test_prompts_after_which_something_moved_come_first(show):
     assert asked[2][:, 0].any()
 
 
+@pytest.mark.parametrize("jumped", [1, PROMPT_FRAMES - 1])
 @pytest.mark.parametrize("show", [scrolled, standing, followed])
-def test_prompts_at_whose_end_least_moves_come_first(show):
-    """Who flies goes on flying whatever is pressed."""
+def test_prompts_in_which_least_moves_come_first(show, jumped):
+    """Who flies goes on flying whatever is pressed, and at the height of a jump stands still for a moment."""
     play, frames, actions, n = world(show, [(0, 0), (3, 0)])
     begins = actions[:, -1] == 1
     flying = frames[begins].copy()
-    flying[:, PROMPT_FRAMES - 1] = [show(level, 0, 4) for level in LEVELS]
+    flying[:, jumped:PROMPT_FRAMES] = np.array([show(level, 0, 4) for level in LEVELS])[:, None]
     asked = []
     both = np.concatenate([flying, frames]), np.concatenate([actions[begins], actions])
     measure_buttons(lambda prompt, held: asked.append(prompt) or play(prompt, held), *both, n)
