@@ -31,9 +31,6 @@ class FlowConfig(STConfig):
     own_frames: int = 1
     """In training, how often a flow's own frames, made in one step, take the place of some past ones before it learns:
     so many frames of a rollout it has seen by itself. 0 shows it true frames only."""
-    still_past: float = 0.0
-    """In training of a flow, share of the clips in which the first frames, up to a random one, all show that one. Then
-    the action alone tells what moves, and in a rollout, too, it counts for more than where things were going."""
     action_width: Annotated[int, tyro.conf.Suppress] = 0
     """Width of a latent action's code, where a LAM learns along by a flow's own loss; 0: actions have a table."""
     edge_weight: float = 0.0
@@ -48,8 +45,6 @@ class FlowConfig(STConfig):
         for name in ("motion_reach", "context_noise", "own_frames", "edge_weight"):
             if getattr(self, name) < 0:
                 raise InputError(f"`{name}` {getattr(self, name)}: must not be negative", of=type(self))
-        if not 0 <= self.still_past <= 1:
-            raise InputError(f"`still_past` {self.still_past}: must be from 0 to 1", of=type(self))
         for name in ("motion_reach", "edge_weight"):
             if self.space == "latents" and getattr(self, name):
                 raise InputError(f"`{name}` {getattr(self, name)}: is for `space` pixels", of=type(self))

@@ -15,7 +15,7 @@ from models import flops, init
 from models.actions import ColumnEmbedding
 from models.dynamics import Dynamics, Seen, actions_to
 from models.dynamics_config import DynamicsConfig, head_config
-from models.flow_steps import WAVES, Drawn, draw_steps, edge_error, mixed, pick, put, stilled, towards, waves
+from models.flow_steps import WAVES, Drawn, draw_steps, edge_error, mixed, pick, put, towards, waves
 from models.kernels import KV
 from models.lam import LAM
 from models.motion import MotionHead, frames_before
@@ -166,10 +166,7 @@ class Flow(Dynamics):
         cfg: DynamicsConfig, key: jax.Array, num_clips: int, num_frames: int, weight_BT: jax.Array | None = None
     ) -> Drawn:
         drawn = draw_steps(cfg, key, num_clips, (num_frames, cfg.num_patches, num_values(cfg)))
-        counts_BTm1 = after_first(weight_BT)
-        if counts_BTm1 is None or drawn.counts_BTm1 is None:
-            return drawn._replace(counts_BTm1=drawn.counts_BTm1 if counts_BTm1 is None else counts_BTm1)
-        return drawn._replace(counts_BTm1=drawn.counts_BTm1 * counts_BTm1)
+        return drawn._replace(counts_BTm1=after_first(weight_BT))
 
     def loss(self, seen: Seen, drawn: Drawn) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Squared error of the predicted frames in pixels' units, white being 1, and weighted.
@@ -185,12 +182,11 @@ class Flow(Dynamics):
             hidden_BTNM = self.read(shown_BTNP + drawn.context_BTNP, action_BTM).x_BTNM
             return Task(hidden_BTNM[:, :-1], action_BTM[:, 1:], shown_BTNP[:, :-1])
 
-        shown_BTNP = values_BTNP if drawn.still_B is None else stilled(values_BTNP, drawn.still_B)
-        task = task_after(shown_BTNP)
+        task = task_after(values_BTNP)
         for _ in range(self.cfg.own_frames):
             made = self.predict(task, drawn.start_BTm1NP, jnp.zeros_like(whole_BTm1), whole_BTm1)
             own_BTNP = jnp.pad(jax.lax.stop_gradient(self.within(made)), ((0, 0), (1, 0), (0, 0), (0, 0)))
-            task = task_after(jnp.where(drawn.own_BT[:, :, None, None], own_BTNP, shown_BTNP))
+            task = task_after(jnp.where(drawn.own_BT[:, :, None, None], own_BTNP, values_BTNP))
 
         next_BTm1NP, level_BTm1, size_BTm1 = values_BTNP[:, 1:], drawn.level_BTm1, drawn.size_BTm1
         if drawn.halved_BX.shape[1]:

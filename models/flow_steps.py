@@ -23,7 +23,6 @@ class Drawn(NamedTuple):
     halved_BX: Which frames learn a step from the model's own two steps of half its size.
     halved_level_BX, halved_size_BX: Of these.
     counts_BTm1: What the frames count (see `models.padding`); None: all alike.
-    still_B: How many first frames of a clip show the one after them; None: none do. They are not learned from.
     """
 
     context_BTNP: jax.Array
@@ -35,7 +34,6 @@ class Drawn(NamedTuple):
     halved_level_BX: jax.Array
     halved_size_BX: jax.Array
     counts_BTm1: jax.Array | None = None
-    still_B: jax.Array | None = None
 
 
 def draw_steps(cfg: FlowConfig, key: jax.Array, num_clips: int, frames_TNP: tuple[int, ...]) -> Drawn:
@@ -60,21 +58,7 @@ def draw_steps(cfg: FlowConfig, key: jax.Array, num_clips: int, frames_TNP: tupl
     steps_BX = 2 ** jax.random.randint(next(keys), (B, count), 1, max(between, 1) + 1)
     at_BX = jnp.floor(jax.random.uniform(next(keys), (B, count)) * steps_BX)
     halved = order_BTm1[:, :count], at_BX / steps_BX, 1.0 / steps_BX
-    drawn = Drawn(context_BTNP, own_BT, start_BTm1NP, level_BTm1, size_BTm1, *halved)
-    if not cfg.still_past:
-        return drawn
-    which, many = jax.random.split(jax.random.fold_in(key, 9))  # the draws above stay what they are without
-    still_B = jnp.minimum(jax.random.randint(many, (B,), 1, max(T - 1, 2)), T - 2)
-    still_B = jnp.where(jax.random.bernoulli(which, cfg.still_past, (B,)), still_B, 0)
-    counts_BTm1 = (jnp.arange(T - 1) >= still_B[:, None]).astype(jnp.float32)
-    return drawn._replace(own_BT=own_BT & (jnp.arange(T) > still_B[:, None]), counts_BTm1=counts_BTm1, still_B=still_B)
-
-
-def stilled(values_BTNP: jax.Array, still_B: jax.Array) -> jax.Array:
-    """Clips whose first frames show the one after them."""
-    shown_B1NP = jnp.take_along_axis(values_BTNP, still_B[:, None, None, None], axis=1)
-    still_BT11 = (jnp.arange(values_BTNP.shape[1]) < still_B[:, None])[:, :, None, None]
-    return jnp.where(still_BT11, shown_B1NP, values_BTNP)
+    return Drawn(context_BTNP, own_BT, start_BTm1NP, level_BTm1, size_BTm1, *halved)
 
 
 def waves(level_BT: jax.Array, size_BT: jax.Array) -> jax.Array:

@@ -103,7 +103,7 @@ class Corrections:
         self._shown.set_state(self._game.get_state())
         seen = self._look(self._shown)
         while len(steps) < num and not (steps and steps[-1].terminated):
-            plan = plan or self._walker.plan(self._shown.get_state()[0]).actions
+            plan = self._walker.go_on(self._shown.get_state()[0], plan)
             step, seen = self._act(self._shown, seen, plan[0], begins and not steps)
             steps.append(step)
             plan = plan[1:]

@@ -72,13 +72,13 @@ class Walker:
         rng: np.random.Generator,
     ):
         self._explore, self._weights_A, self._rng = explore, weights_A, rng
-        self._back, self._walk, jump = (names.index(name) for name in ("LEFT", "RIGHT", "RIGHT+UP"))
-        self._ways_on = (self._walk, jump)
-        self._jumps = [[self._walk] * steps + [jump] * HOLD for steps in range(NEAR)]
+        self._back, self._walk, self._jump = (names.index(name) for name in ("LEFT", "RIGHT", "RIGHT+UP"))
+        self._ways_on = (self._walk, self._jump)
+        self._jumps = [[self._walk] * steps + [self._jump] * HOLD for steps in range(NEAR)]
         self._detours = [
             [self._back] * away + way
             for away in (2, 5, 8, 12)
-            for way in ([], *([self._walk] * steps + [jump] * HOLD for steps in (0, 4)))
+            for way in ([], *([self._walk] * steps + [self._jump] * HOLD for steps in (0, 4)))
         ]
         self._ahead, self._tries, self._others = (make(num) for num in (1, NEAR, len(self._detours)))
         self._plans = [np.zeros(0, np.int32) for _ in range(num_envs)]  # of each environment, from the present step on
@@ -87,12 +87,13 @@ class Walker:
         """Actions (B,) int32; see `sources.planner.Planner.act`."""
         for b in np.flatnonzero(first_B):
             self._plans[b] = self._plans[b][:0]
-        idle_B = np.array([len(plan) == 0 for plan in self._plans])
-        deciding = np.flatnonzero(idle_B if playing_B is None else idle_B & playing_B)
-        states = env.get_state() if len(deciding) else []
-        for b in deciding:
-            explores = self._rng.random() < self._explore
-            self._plans[b] = np.array(self._random() if explores else self.plan(states[b]).actions, np.int32)
+        looks_B = np.array([self._looks(plan) for plan in self._plans])
+        looking = np.flatnonzero(looks_B if playing_B is None else looks_B & playing_B)
+        states = env.get_state() if len(looking) else []
+        for b in looking:
+            explores = not len(self._plans[b]) and self._rng.random() < self._explore
+            plan = self._random() if explores else self.go_on(states[b], self._plans[b].tolist())
+            self._plans[b] = np.array(plan, np.int32)
         actions_B = np.array([plan[0] if len(plan) else self._walk for plan in self._plans], np.int32)
         self._plans = [plan[1:] for plan in self._plans]
         return actions_B
@@ -112,12 +113,23 @@ class Walker:
         good_N[trouble + 1 :] = False
         if good_N.any():
             steps = self._best(good_N)
-            return Plan(self._jumps[steps][: steps + KEPT] if steps < KEPT else [self._walk] * KEPT)
+            return Plan(self._jumps[steps] if steps < KEPT else [self._walk] * KEPT)
         good_N, lived_N = self._good(self._others, state, self._detours)
         if good_N.any():
             return Plan(self._detours[int(good_N.argmax())][:KEPT], easy=False)
         # It will die, unless things look otherwise a step later.
         return Plan(self._detours[int(lived_N.argmax())][:1], easy=False, hopeless=True)
+
+    def go_on(self, state: bytes, rest: list[int]) -> list[int]:
+        """What it does from a state on where so much of what it meant to do is left: that, or something else.
+
+        In the air keys do nothing but steer, so it may hold a jump while walking would lead on as well: then all of a
+        rise looks and is called the same. Where it sees that it would land badly, it thinks otherwise.
+        """
+        if not self._looks(rest):
+            return rest
+        plan = self.plan(state)
+        return rest if rest and plan.easy and plan.actions[0] == self._walk else plan.actions
 
     def mend(self, state: bytes, action: int) -> list[int]:
         """What to do from a state on in the place of another one's action: nothing, but for mistakes to be mended.
@@ -157,6 +169,10 @@ class Walker:
             [rows_T[n : n + AFTER].max() >= STILL for rows_T, n in zip(changed_NT, length_N, strict=True)]
         )
         return solved_N | ((lived_N >= seen_N) & moves_N), lived_N
+
+    def _looks(self, rest: Sequence[int] | np.ndarray) -> bool:
+        """Whether it looks anew: where nothing is left to be done, and now and then in a jump."""
+        return len(rest) == 0 or (len(rest) % KEPT == 0 and all(action == self._jump for action in rest))
 
     def _random(self) -> np.ndarray:
         steps = int(self._rng.integers(*EXPLORE))

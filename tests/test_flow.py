@@ -17,7 +17,7 @@ import sample
 from models.dynamics import DynamicsConfig, Seen, actions_to
 from models.errors import InputError
 from models.flow import Flow, Task, to_values
-from models.flow_steps import draw_steps, edge_error, mixed, stilled, towards
+from models.flow_steps import edge_error, mixed, towards
 from models.genie import World, WorldConfig, load_world
 from models.kernels import KV
 from models.lam import LAM, LAMConfig
@@ -227,34 +227,9 @@ def test_own_frames_take_the_place_of_past_ones():
     assert abs(twice - once) > 1e-6
 
 
-def test_a_past_can_be_shown_still():
-    """Nothing is learned from what is still, and of the frames before it nothing is known."""
-    cfg = dataclasses.replace(CFG, still_past=1.0)
-    flow, plain, drawn = world_of(cfg).dynamics, Flow.draw(CFG, KEY, 2, 5), Flow.draw(cfg, KEY, 2, 5)
-    for name in set(drawn._fields) - {"own_BT", "counts_BTm1", "still_B"}:
-        np.testing.assert_array_equal(getattr(drawn, name), getattr(plain, name))
-    assert plain.still_B is None
-    assert set(np.asarray(draw_steps(cfg, KEY, 99, (5, 1, 1)).still_B)) == {1, 2, 3}
-    drawn = drawn._replace(still_B=jnp.array([2, 0]), counts_BTm1=jnp.array([[0, 0, 1, 1], [1, 1, 1, 1]], float))
-    loss, batch = jax.jit(lambda seen: flow.loss(seen, drawn)[0]), seen()
-    given = loss(batch)
-    other = lambda clip, t: loss(batch._replace(frames_BTHWC=batch.frames_BTHWC.at[clip, t].set(0.3)))
-    assert [abs(other(0, t) - given) > 1e-6 for t in range(5)] == [False, False, True, True, True]
-    assert all(abs(other(1, t) - given) > 1e-6 for t in range(5))
-    shown = stilled(jnp.arange(10.0).reshape(2, 5, 1, 1), drawn.still_B)
-    np.testing.assert_array_equal(shown[..., 0, 0], [[2, 2, 2, 3, 4], [5, 6, 7, 8, 9]])
-    half = draw_steps(dataclasses.replace(cfg, still_past=0.5), KEY, 400, (5, 1, 1))
-    assert 0.4 < np.mean(half.still_B > 0) < 0.6
-    np.testing.assert_array_equal(half.counts_BTm1, np.arange(4) >= np.asarray(half.still_B)[:, None])
-    assert not np.any(half.own_BT & (np.arange(5) <= np.asarray(half.still_B)[:, None]))
-    assert np.asarray(half.own_BT).any()
-    assert not draw_steps(cfg, KEY, 9, (2, 1, 1)).still_B.any()  # the only frame that is made has a past
-
-
 def test_a_batch_can_be_cut_in_parts(world):
     """All that is drawn goes with its clip, so the loss is the mean of the clips' own."""
-    cfg = dataclasses.replace(CFG, still_past=1.0)
-    inputs, loss = (seen(), Flow.draw(cfg, KEY, 2, 5)), jax.jit(lambda inputs: world.dynamics.loss(*inputs)[0])
+    inputs, loss = (seen(), Flow.draw(CFG, KEY, 2, 5)), jax.jit(lambda inputs: world.dynamics.loss(*inputs)[0])
     parts = [loss(jax.tree.map(lambda x, i=i: x[i : i + 1], inputs)) for i in range(2)]
     assert abs(parts[0] - parts[1]) > 1e-5
     np.testing.assert_allclose(loss(inputs), (parts[0] + parts[1]) / 2, rtol=1e-5)
@@ -365,7 +340,6 @@ def test_bad_fields_are_refused():
     for fields, message in (
         ({"flow_steps": 3}, "`flow_steps` 3: must be a power of two"),
         ({"head_blocks": 0}, "`head_blocks` 0"),
-        ({"still_past": 1.5}, "`still_past` 1.5: must be from 0 to 1"),
         ({"context_noise": -0.1}, "`context_noise` -0.1"),
         ({"space": "latents"}, "`motion_reach` 2: is for `space` pixels"),
     ):
