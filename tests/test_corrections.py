@@ -165,7 +165,7 @@ def test_who_walks_blindly_through_coinrun_is_shown_how_to_get_on(walker):
     steps = in_coinrun(walker, RIGHT)
     assert sum(step.success for step in steps) == sum(step.terminated for step in steps)
     assert len({step.level for step in steps}) > 1
-    assert {RIGHT, JUMP} <= {step.action for step in steps}
+    assert {RIGHT, JUMP} < {step.action for step in steps}
     moves = [np.any(one.frame != other.frame) for one, other in itertools.pairwise(steps) if not other.first]
     assert np.mean(moves) > 0.9
 
