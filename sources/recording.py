@@ -27,7 +27,7 @@ from sources.environment import EPISODE_STEPS, Environment, Recording, Recording
 from sources.levels import Outcomes, clips_of, outcomes_of, total
 from utils.records import FORMAT_VERSION, SPLITS, Clip, Metadata, Shard, write_metadata, write_shard
 
-RECORDER_VERSION = 3  # changes where the same seed gives other bytes: a run is not continued by another recorder
+RECORDER_VERSION = 4  # changes where the same seed gives other bytes: a run is not continued by another recorder
 MAX_EPISODES_PER_SHARD = 16  # of CoinRun about 14 MB on disk, 0.2 GB in memory while it is made
 
 
