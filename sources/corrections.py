@@ -9,7 +9,7 @@ import numpy as np
 
 from sources.walker import Walker
 
-SHOWN = 16  # time steps that the walker shows, a clip, and more where it needs them to do what it means to
+SHOWN = 16  # time steps that the walker shows at least
 PASSED = 4  # time steps after a mistake that are not recorded, while the learner sees what it leads to
 FOLLOWED = 0.5  # share of the mistakes after which it goes on from where the walker has led to
 
@@ -62,13 +62,21 @@ class Corrections:
       game: The environment, and `shown` another one of its kind, in which the walker shows what to do.
       pictures: From the environment and what it observes to its frames (1, H, W, C).
       rng: Of the choice between the two.
+      shortest: Frames of the shortest clip that is kept: the walker shows no less, since what is shown may be one.
     """
 
     def __init__(
-        self, game: Any, shown: Any, walker: Walker, learner: Learner, pictures: Any, rng: np.random.Generator
+        self,
+        game: Any,
+        shown: Any,
+        walker: Walker,
+        learner: Learner,
+        pictures: Any,
+        rng: np.random.Generator,
+        shortest: int = SHOWN,
     ):
         self._game, self._shown, self._walker, self._learner = game, shown, walker, learner
-        self._pictures, self._rng = pictures, rng
+        self._pictures, self._rng, self._least = pictures, rng, max(SHOWN, shortest)
 
     def record(self, num: int) -> list[Step]:
         """So many time steps. Whatever follows what it does not follow in the game has `first` set."""
@@ -99,7 +107,7 @@ class Corrections:
     def _show(self, plan: list[int], begins: bool) -> list[Step]:
         """What the walker does from where the learner is, to the level's end at most."""
         steps: list[Step] = []
-        num = max(SHOWN, len(plan))
+        num = max(self._least, len(plan))
         self._shown.set_state(self._game.get_state())
         seen = self._look(self._shown)
         while len(steps) < num and not (steps and steps[-1].terminated):

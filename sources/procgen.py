@@ -163,7 +163,8 @@ class Procgen(Environment):
         assert isinstance(walker, Walker)
         for seed in rng.integers(2**31 - 1, size=num_envs).tolist():
             game, shown = (self.make(options, split, 1, seed) for _ in range(2))
-            corrections = Corrections(game, shown, walker, make_learner(seed), self.pictures, rng)
+            learner, shortest = make_learner(seed), options.min_clip_length
+            corrections = Corrections(game, shown, walker, learner, self.pictures, rng, shortest)
             steps = corrections.record(EPISODE_STEPS)
             episodes.append([np.array(column) for column in zip(*steps, strict=True)])
             game.close()

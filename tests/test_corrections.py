@@ -1,12 +1,15 @@
 """Corrections: what is recorded was done, up to each mistake by the learner, and from there on by the walker."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
+from sources import procgen
 from sources.corrections import PASSED, SHOWN, Corrections
 from sources.environment import RecordingOptions
+from sources.levels import levels_of
 from sources.procgen import ACTION_NAMES, Procgen
 from sources.walker import FORGIVEN, Plan, Walker, futures
 
@@ -183,6 +186,18 @@ def test_who_does_as_the_walker_would_is_left_alone(walker, monkeypatch):
         monkeypatch.setattr(walker, "forgives", lambda state, action: False)
         monkeypatch.setattr(walker, "plan", lambda state, plan=plan: plan)
         assert walker.mend(state, action) == mended
+
+
+def test_what_is_shown_to_who_stands_still_is_long_enough_for_a_clip(monkeypatch):
+    monkeypatch.setattr(procgen, "EPISODE_STEPS", 100)
+    game = Procgen("coinrun")
+    game.load_learner = lambda *_: lambda seed: Always(WAIT)
+    options = dataclasses.replace(OPTIONS, learner="who waits", clip_length=24, min_clip_length=24)
+    played = game.play(options, "train", 1, np.random.default_rng(0))
+    levels = [level for level in levels_of(played, 0) if level.end < 100]
+    whole = [level.end - level.begin for level in levels if not level.ended]
+    assert len(whole) > 1
+    assert min(whole) == 24
 
 
 def test_who_jumps_blindly_is_left_alone_but_where_it_would_die(walker):
