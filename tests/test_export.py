@@ -1,5 +1,6 @@
 """Exported worlds: what is in the folder, and that it serves as a training's does."""
 
+import dataclasses
 import json
 import shutil
 import zipfile
@@ -19,6 +20,7 @@ from player.actions import read_actions
 from tests.conftest import ROOT
 from utils.checkpoint import data_of, output_of, take_folder
 from utils.data import ClipSource
+from utils.records import read_metadata
 
 LABELS = [{"name": "LEFT", "true": "L", "share": 0.5, "count": 4}] * 3
 
@@ -162,6 +164,21 @@ def test_figures_measured_otherwise_are_not_put_on_the_card(trained, tmp_path):
     with pytest.raises(InputError, match="other sampling"):
         export.main(export.Config(**flags, metrics=str(tmp_path / "metrics.json")))
     assert not (tmp_path / "w").exists()
+
+
+def test_a_card_says_how_its_data_were_made_and_leaves_out_what_was_not_given(trained):
+    cfg, metadata = export.Config(run=str(trained["world"]), out="w"), read_metadata(data_of(trained["world"]))
+    config = {
+        "seed": 0,
+        "learner": "",
+        "action_weights": [],
+        "names": ["UP=1", "LEFT=2"],
+        "looks": True,
+        "only_solved": False,
+    }
+    made_by = {"command": "generate_dataset.py", "config": config}
+    first = export.commands(cfg, dataclasses.replace(metadata, made_by=made_by))[0]
+    assert first == "python generate_dataset.py --seed 0 --names UP=1 LEFT=2 --looks --no-only_solved"
 
 
 def test_values_beyond_half_precision_are_refused(trained, tmp_path):
