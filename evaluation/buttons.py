@@ -50,10 +50,12 @@ def measure_buttons(
     Returns:
       `buttons` in the details; no two names are alike.
     """
-    idle = _idle(frames, actions, num_actions) if idle is None else idle
+    pairs = (np.stack([clip[:-1], clip[1:]], axis=1) for clip in frames)
+    motion_2BTm1 = np.stack([np.linalg.norm(_per_frame(pair), axis=-1) for pair in pairs], axis=1)
+    idle = _idle(motion_2BTm1, actions, num_actions) if idle is None else idle
     moves = []
     for a in range(num_actions):
-        prompts, between = _prompts(frames, actions, a, seed)
+        prompts, between = _prompts(frames, actions, motion_2BTm1, a, seed)
         (picture, centre), still = (
             _per_frame(np.concatenate([prompts[:, -1:], play(prompts, held)], axis=1))
             for held in (np.pad(between, ((0, 0), (0, HELD_FRAMES)), constant_values=x) for x in (a, idle))
@@ -65,12 +67,17 @@ def measure_buttons(
     return Measured(details={"buttons": [button._asdict() for button in name_buttons(moves)]})
 
 
-def _prompts(frames: np.ndarray, actions: np.ndarray, action: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _prompts(
+    frames: np.ndarray, actions: np.ndarray, motion_2BTm1: np.ndarray, action: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Prompts after which an action followed, and the actions within them.
 
     First come those after which it begins, where the one before was another; then those after which something
     moves: the picture, or, where it never does, what is at its centre; then those in which least moves; then
     those of different clips.
+
+    Args:
+      motion_2BTm1: By how many pixels the picture moves in each step, and what is at its centre.
     """
     length = min(PROMPT_FRAMES, frames.shape[1] - 1)
     rng = np.random.default_rng(seed)
@@ -80,10 +87,9 @@ def _prompts(frames: np.ndarray, actions: np.ndarray, action: int, seed: int) ->
     goes_on = actions[clips, times + length - 2] == action if length > 1 else np.zeros(len(clips), bool)
     first = np.argsort(goes_on, kind="stable")[:CANDIDATES]
     clips, times, goes_on = clips[first], times[first], goes_on[first]
-    pairs = [frames[clips[:, None], times[:, None] + [t, t + 1]] for t in range(length)]
-    motion = np.array([np.linalg.norm(_per_frame(pair), axis=-1) for pair in pairs])  # of the picture, of its centre
-    picture, centre = motion[:-1].max(axis=0, initial=0.0)
-    after = motion[-1]
+    motion_2NT = motion_2BTm1[:, clips[:, None], times[:, None] + np.arange(length)]
+    picture, centre = motion_2NT[:, :, :-1].max(axis=2, initial=0.0)
+    after = motion_2NT[:, :, -1]
     shows_nothing = (after[0] if (after[0] >= STILL).any() else after[1]) < STILL
     turns = np.array([(clips[:i] == clip).sum() for i, clip in enumerate(clips)])
     chosen = np.lexsort((turns, centre, picture, shows_nothing, goes_on))[:PROMPTS]
@@ -91,14 +97,13 @@ def _prompts(frames: np.ndarray, actions: np.ndarray, action: int, seed: int) ->
     return cut(frames, length), cut(actions, length - 1)
 
 
-def _idle(frames: np.ndarray, actions: np.ndarray, num_actions: int) -> int:
+def _idle(motion_2BTm1: np.ndarray, actions: np.ndarray, num_actions: int) -> int:
     """The action after which least moves in truth: the picture, or, where a camera stands, what is at its centre."""
-    pairs = np.stack([frames[:, :-1], frames[:, 1:]], axis=2).reshape(-1, 2, *frames.shape[2:])
-    flat, lengths = actions.reshape(-1), np.full((2, num_actions), np.inf)
+    lengths = np.full((2, num_actions), np.inf)
     for a in range(num_actions):
-        found = pairs[np.flatnonzero(flat == a)[:IDLE_PAIRS]]
-        if len(found):
-            lengths[:, a] = [np.linalg.norm(x, axis=1).mean() for x in _per_frame(found)]
+        found_2N = motion_2BTm1[:, actions == a][:, :IDLE_PAIRS]
+        if found_2N.size:
+            lengths[:, a] = found_2N.mean(axis=1)
     picture, centre = lengths
     return int(np.where(picture < picture.min() + STILL / 2, centre, np.inf).argmin())
 
