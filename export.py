@@ -38,7 +38,8 @@ A world learned from video (Genie). From the project's folder:
     python sample.py --checkpoint {out}
 
 {note}Frames of {shape} pixels, {fps:g} a second, of {environment}; {actions}. The world sees {window} frames at once;
-steps per frame: {sampling.steps}{order}, temperature: {sampling.temperature:g}. {num_clips} validation clips: `data/`.
+steps per frame: {sampling.steps}{order}, temperature: {sampling.temperature:g}, guidance: {sampling.guidance:g}.
+{num_clips} validation clips: `data/`.
 
 {parts}
 
@@ -125,7 +126,7 @@ def card(cfg: Config, world: World, metadata: Metadata, sampling: SamplingConfig
     columns = world.cfg.dynamics.action_values
     figures, file = "", Path(cfg.metrics or Path(cfg.run) / "evaluation" / "metrics.json")
     metrics = read_metrics(file, "metrics") if cfg.metrics or file.is_file() else {}
-    if metrics.get("sampling") == dataclasses.asdict(sampling):
+    if "sampling" in metrics and SamplingConfig(**metrics["sampling"]) == sampling:
         took = f" All of it took {metrics['wall_s'] / 60:.0f} minutes." if "wall_s" in metrics else ""
         figures = f"## How good it is\n\nOn {metrics['rollout_clips']} clips of the {metrics['split']} split.{took}\n\n"
         figures += headlines(metrics) + "\n"
@@ -172,8 +173,8 @@ def main(cfg: Config) -> None:
     if is_exported(cfg.run):
         raise InputError(f"{cfg.run}: is an exported world already; copy the folder")
     world, sampling = load_world(cfg.run), cfg.over(stored_sampling(cfg.run))
-    data_dir = cfg.data_dir or data_of(cfg.run)
-    metadata = read_metadata(data_dir)
+    sampling.expect(world.cfg.dynamics)
+    metadata = read_metadata(data_dir := cfg.data_dir or data_of(cfg.run))
     if metadata.frame_shape != world.cfg.frame_shape:
         expected = world.cfg.frame_shape
         raise InputError(f"`data_dir` {data_dir}: frames of {metadata.frame_shape}, the world's are {expected}")

@@ -31,6 +31,9 @@ class FlowConfig(STConfig):
     own_frames: int = 1
     """In training, how often a flow's own frames, made in one step, take the place of some past ones before it learns:
     so many frames of a rollout it has seen by itself. 0 shows it true frames only."""
+    action_dropout: float = 0.0
+    """In training, for this share of the frames a flow's head is not told the action, so that sampling may have
+    `guidance`."""
     action_width: Annotated[int, tyro.conf.Suppress] = 0
     """Width of a latent action's code, where a LAM learns along by a flow's own loss; 0: actions have a table."""
     edge_weight: float = 0.0
@@ -42,6 +45,10 @@ class FlowConfig(STConfig):
             raise InputError(f"`head_blocks` {self.head_blocks}: must be at least 1", of=type(self))
         if self.flow_steps < 1 or self.flow_steps & (self.flow_steps - 1):
             raise InputError(f"`flow_steps` {self.flow_steps}: must be a power of two", of=type(self))
+        if not 0 <= self.action_dropout < 1:
+            raise InputError(
+                f"`action_dropout` {self.action_dropout}: must be 0 or more and less than 1", of=type(self)
+            )
         for name in ("motion_reach", "context_noise", "own_frames", "edge_weight"):
             if getattr(self, name) < 0:
                 raise InputError(f"`{name}` {getattr(self, name)}: must not be negative", of=type(self))
@@ -88,6 +95,11 @@ class DynamicsConfig(FlowConfig):
     action_mean: Annotated[tuple[float, ...], tyro.conf.Suppress] = ()
     action_scale: Annotated[tuple[float, ...], tyro.conf.Suppress] = ()
     """Of each column, if it holds real numbers."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.action_dropout and self.kind != "flow":
+            raise InputError(f"`action_dropout` {self.action_dropout}: is for `kind` flow", of=type(self))
 
 
 def head_config(cfg: DynamicsConfig) -> DynamicsConfig:

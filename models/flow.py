@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models import flops, init
-from models.actions import ColumnEmbedding
+from models.actions import ColumnEmbedding, no_actions
 from models.dynamics import Dynamics, Seen, actions_to
 from models.dynamics_config import DynamicsConfig, head_config
 from models.flow_steps import WAVES, Drawn, draw_steps, edge_error, mixed, pick, put, towards, waves
@@ -96,6 +96,10 @@ class Flow(Dynamics):
         """Embeddings (..., M), float32, of the codes of a LAM that learns along; zero is no action."""
         return self.code_in(codes_XL * self.cfg.action_width**0.5).astype(jnp.float32)
 
+    def no_action(self) -> jax.Array:
+        """The embedding (M) of an action that nobody tells."""
+        return self.embed_actions(jnp.asarray(no_actions(self.cfg, ())))
+
     def follow(self, lam: LAM) -> None:
         """Takes over the codes of a LAM that has learned along, after each step."""
         self.codes_AL[...] = self.codes_AL[...].at[:-1].set(lam.vq.codebook_KL)
@@ -122,30 +126,42 @@ class Flow(Dynamics):
         x_BTNM += action_BTM[:, :, None] + self.position_NM[...]
         return self.transformer(x_BTNM, past, keep)
 
-    def predict(self, task: Task, noisy_BTNP: jax.Array, level_BT: jax.Array, size_BT: jax.Array) -> jax.Array:
+    def predict(
+        self, task: Task, noisy_BTNP: jax.Array, level_BT: jax.Array, size_BT: jax.Array, guidance: float = 1.0
+    ) -> jax.Array:
         """What each next frame will be, values (B, T, N, P): where a step of the given size points to.
 
         Args:
           noisy_BTNP: (1 - level) · noise + level · the frame.
           level_BT, size_BT: In [0, 1) and (0, 1].
+          guidance: See `SamplingConfig`. What the action changes is told by hidden states, not by values: between two
+            moved pictures lies none that is moved by half.
         """
         x_BTNM = task.hidden_BTNM + self.noisy_in(noisy_BTNP) + self.last_in(task.last_BTNP)
-        told_BTM = self.level_in(waves(level_BT, size_BT)) + task.action_BTM
-        hidden_BTNM = self.head(x_BTNM + told_BTM[:, :, None] + self.head_position_NM[...]).x_BTNM
+
+        def after(action_XM: jax.Array) -> jax.Array:
+            told_BTM = self.level_in(waves(level_BT, size_BT)) + action_XM
+            return self.head(x_BTNM + told_BTM[:, :, None] + self.head_position_NM[...]).x_BTNM
+
+        hidden_BTNM = after(task.action_BTM)
+        if guidance != 1.0:
+            any_BTNM = after(self.no_action())
+            hidden_BTNM = any_BTNM + guidance * (hidden_BTNM - any_BTNM)
         if not self.cfg.motion_reach:
             # At first nothing changes.
             return task.last_BTNP + self.patch_out(hidden_BTNM).astype(jnp.float32)
         last_BTHWC = unpatchify(0.5 + 0.5 * task.last_BTNP, self.cfg.patch_size, self.cfg.frame_shape)
         return 2.0 * patchify(self.move(hidden_BTNM, last_BTHWC), self.cfg.patch_size) - 1.0
 
-    def make(self, task: Task, noise_BTNP: jax.Array, steps: jax.Array | int) -> jax.Array:
+    def make(self, task: Task, noise_BTNP: jax.Array, steps: jax.Array | int, guidance: float = 1.0) -> jax.Array:
         """The next frames, values (B, T, N, P), out of noise in so many steps."""
         size = 1.0 / jnp.asarray(steps, jnp.float32)
         told_BT = jnp.full(noise_BTNP.shape[:2], jnp.maximum(size, 1.0 / self.cfg.flow_steps))
 
         def step(i: jax.Array, noisy_BTNP: jax.Array) -> jax.Array:
             level_BT = jnp.full_like(told_BT, i * size)
-            return towards(noisy_BTNP, self.predict(task, noisy_BTNP, level_BT, told_BT), level_BT, size)
+            made_BTNP = self.predict(task, noisy_BTNP, level_BT, told_BT, guidance)
+            return towards(noisy_BTNP, made_BTNP, level_BT, size)
 
         return jax.lax.fori_loop(0, steps, step, noise_BTNP)
 
@@ -159,7 +175,8 @@ class Flow(Dynamics):
 
     @staticmethod
     def frame_flops(cfg: DynamicsConfig, window: int, sampling: SamplingConfig) -> int:
-        return flops.flow_read(cfg, 1, window) + sampling.steps * flops.flow_head(cfg, 1)
+        heads = sampling.steps * (1 if sampling.guidance == 1.0 else 2)
+        return flops.flow_read(cfg, 1, window) + heads * flops.flow_head(cfg, 1)
 
     @staticmethod
     def draw(
@@ -176,11 +193,13 @@ class Flow(Dynamics):
         between, from where two of the model's own lead.
         """
         values_BTNP, action_BTM = self._given(seen)
-        whole_BTm1 = jnp.ones_like(drawn.size_BTm1)
+        whole_BTm1, told_BTm1M = jnp.ones_like(drawn.size_BTm1), action_BTM[:, 1:]
+        if drawn.untold_BTm1 is not None:
+            told_BTm1M = jnp.where(drawn.untold_BTm1[..., None], self.no_action(), told_BTm1M)
 
         def task_after(shown_BTNP: jax.Array) -> Task:
             hidden_BTNM = self.read(shown_BTNP + drawn.context_BTNP, action_BTM).x_BTNM
-            return Task(hidden_BTNM[:, :-1], action_BTM[:, 1:], shown_BTNP[:, :-1])
+            return Task(hidden_BTNM[:, :-1], told_BTm1M, shown_BTNP[:, :-1])
 
         task = task_after(values_BTNP)
         for _ in range(self.cfg.own_frames):
@@ -255,7 +274,8 @@ class Flow(Dynamics):
         last_B1NP, past = state.values_BNP[:, None], Past(state.backbone, state.frame)
         action_B1M = self.embed_actions(action_B)[:, None]
         noise_B1NP = sampling.temperature * jax.random.normal(key, last_B1NP.shape)
-        made_B1NP = self.make(Task(state.hidden_BNM[:, None], action_B1M, last_B1NP), noise_B1NP, sampling.steps)
+        task = Task(state.hidden_BNM[:, None], action_B1M, last_B1NP)
+        made_B1NP = self.make(task, noise_B1NP, sampling.steps, sampling.guidance)
         made_B1NP, decoder = self.within(made_B1NP), state.decoder
         slot = state.frame % state.backbone.k_BRQDS.shape[-1]
         if decoder is None:

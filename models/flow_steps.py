@@ -23,6 +23,7 @@ class Drawn(NamedTuple):
     halved_BX: Which frames learn a step from the model's own two steps of half its size.
     halved_level_BX, halved_size_BX: Of these.
     counts_BTm1: What the frames count (see `models.padding`); None: all alike.
+    untold_BTm1: Of which frames the head is not told the action; None: of none.
     """
 
     context_BTNP: jax.Array
@@ -34,6 +35,7 @@ class Drawn(NamedTuple):
     halved_level_BX: jax.Array
     halved_size_BX: jax.Array
     counts_BTm1: jax.Array | None = None
+    untold_BTm1: jax.Array | None = None
 
 
 def draw_steps(cfg: FlowConfig, key: jax.Array, num_clips: int, frames_TNP: tuple[int, ...]) -> Drawn:
@@ -58,7 +60,10 @@ def draw_steps(cfg: FlowConfig, key: jax.Array, num_clips: int, frames_TNP: tupl
     steps_BX = 2 ** jax.random.randint(next(keys), (B, count), 1, max(between, 1) + 1)
     at_BX = jnp.floor(jax.random.uniform(next(keys), (B, count)) * steps_BX)
     halved = order_BTm1[:, :count], at_BX / steps_BX, 1.0 / steps_BX
-    return Drawn(context_BTNP, own_BT, start_BTm1NP, level_BTm1, size_BTm1, *halved)
+    untold_BTm1 = None
+    if cfg.action_dropout:
+        untold_BTm1 = jax.random.bernoulli(jax.random.fold_in(key, 1), cfg.action_dropout, (B, T - 1))
+    return Drawn(context_BTNP, own_BT, start_BTm1NP, level_BTm1, size_BTm1, *halved, untold_BTm1=untold_BTm1)
 
 
 def waves(level_BT: jax.Array, size_BT: jax.Array) -> jax.Array:

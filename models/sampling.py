@@ -17,21 +17,22 @@ from flax import nnx
 from models.errors import InputError
 
 if TYPE_CHECKING:
+    from models.dynamics_config import DynamicsConfig
     from models.genie import World
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("steps", "temperature"),
-    meta_fields=("order", "top_k", "top_p"),
+    meta_fields=("order", "top_k", "top_p", "guidance"),
 )
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How a frame is drawn; of tokens (Chang et al. 2022). Defaults: Genie, Appendix F.
 
-    A causal model draws token after token, so steps and order are of no account there; of a flow only steps and
-    temperature count. A pytree: `steps` and
-    `temperature` may be traced, so that a change of them compiles nothing anew.
+    A causal model draws token after token, so steps and order are of no account there; of a flow only steps,
+    temperature and guidance count. A pytree: `steps` and `temperature` may be traced, so that a change of them
+    compiles nothing anew.
     """
 
     steps: int = 25
@@ -45,6 +46,9 @@ class SamplingConfig:
     """Draw among this many of a token's likeliest codes only; 0 for all."""
     top_p: float = 1.0
     """Draw among the fewest likeliest codes whose probability, at temperature 1, adds up to this; 1 for all."""
+    guidance: float = 1.0
+    """By how much a flow does what the action says rather than what is likely without it (Ho & Salimans 2022); 1 is
+    what it has learned. All others run the head twice, and need a world that was trained with `action_dropout`."""
 
     def __post_init__(self):
         # What is traced cannot be looked at.
@@ -56,6 +60,13 @@ class SamplingConfig:
             raise InputError(f"`top_k` {self.top_k}: must not be negative")
         if not 0 < self.top_p <= 1:
             raise InputError(f"`top_p` {self.top_p}: must be above 0 and at most 1")
+        if not 0 <= self.guidance < float("inf"):
+            raise InputError(f"`guidance` {self.guidance}: must be finite and not negative")
+
+    def expect(self, dynamics: "DynamicsConfig") -> None:
+        """Refuses what a world cannot be sampled with."""
+        if self.guidance != 1.0 and not dynamics.action_dropout:
+            raise InputError(f"`guidance` {self.guidance:g}: needs a world trained with `action_dropout`; take 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +83,8 @@ class SamplingFlags:
     """Draw among this many of a token's likeliest codes only, 0 for all; default: the world's."""
     top_p: float | None = None
     """Draw among the fewest likeliest codes whose probability adds up to this, 1 for all; default: the world's."""
+    guidance: float | None = None
+    """By how much a flow that was trained with `action_dropout` does what the action says; default: the world's."""
 
     def __post_init__(self):
         self.over(SamplingConfig())  # which refuses what cannot work
@@ -105,6 +118,7 @@ def next_frame(
     Returns:
       The frame (B, H, W, C), float32 in [0, 1], and the state after it.
     """
+    cfg.expect(world.cfg.dynamics)
     frame_BHWC, state = world.dynamics.next_frame(world.tokenizer, state, action_B, key, cfg)
     return jnp.clip(frame_BHWC, 0.0, 1.0), state
 

@@ -157,6 +157,12 @@ def test_an_exported_world_is_not_trained_on(exported):
     assert not (exported / ".lock").exists()
 
 
+def test_guidance_is_for_worlds_that_were_trained_for_it(trained, tmp_path):
+    with pytest.raises(InputError, match="`guidance` 2: needs a world trained with `action_dropout`"):
+        export.main(export.Config(run=str(trained["world"]), out=str(tmp_path / "w"), guidance=2.0))
+    assert not (tmp_path / "w").exists()
+
+
 def test_figures_measured_otherwise_are_not_put_on_the_card(trained, tmp_path):
     metrics = {"intervals": {}, "sampling": {"steps": 9}, "rollout_clips": 2, "split": "val"}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))

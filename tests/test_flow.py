@@ -14,6 +14,7 @@ from flax import nnx
 import evaluate
 import export
 import sample
+from models import flops
 from models.dynamics import DynamicsConfig, Seen, actions_to
 from models.errors import InputError
 from models.flow import Flow, Task, to_values
@@ -71,7 +72,7 @@ def test_without_noise_a_frame_is_itself_and_steps_end_at_what_is_predicted():
 def test_any_number_of_steps_of_a_perfect_predictor_is_exact(world, monkeypatch, steps):
     truth, told = to_values(FRAMES[:, 1:2], CFG), []
 
-    def perfect(self, task, noisy_BTNP, level_BT, size_BT):
+    def perfect(self, task, noisy_BTNP, level_BT, size_BT, guidance):
         told.append((float(level_BT[0, 0]), float(size_BT[0, 0])))
         np.testing.assert_allclose(noisy_BTNP, mixed(noise, truth, level_BT), atol=1e-5)
         return truth
@@ -161,6 +162,55 @@ def test_still_videos_teach_a_moving_flow_to_keep_still():
         played = rollout(trained, FRAMES[:, :1], ACTIONS, KEY, SamplingConfig(steps=steps))
         error = jnp.sqrt(jnp.mean(jnp.square(played - FRAMES[:, :1])))
         assert error < 0.12, (steps, error)  # 0.29 is the spread of the picture
+
+
+def test_guidance_goes_on_from_what_is_likely_without_the_action():
+    """Where nothing moves, frames are linear in the hidden states, and so in the guidance; 0 heeds no action."""
+    still = world_of(dataclasses.replace(CFG, motion_reach=0, action_dropout=0.2))
+    out = still.dynamics.patch_out.kernel
+    out[...] = jax.random.normal(KEY, out.shape) / 20
+
+    @jax.jit
+    def first(actions, sampling):
+        state = start_rollout(still, 0.4 + 0.2 * FRAMES[:, :1], ACTIONS[:, :0])
+        return next_frame(still, state, actions, KEY, sampling)[1].values_BNP
+
+    def made(guidance, actions=ACTIONS[:, 0]):
+        return first(actions, SamplingConfig(1, 0.0, guidance=guidance))
+
+    told, none = made(1.0), made(1.0, jnp.array([-1, -1]))
+    assert jnp.abs(told - none).max() > 0.01
+    assert jnp.abs(none).max() < 0.9  # nothing is clipped
+    for guidance in (0.0, 0.5, 1.5):
+        np.testing.assert_allclose(made(guidance), none + guidance * (told - none), atol=1e-5)
+    plain, twice = (Flow.frame_flops(CFG, 4, SamplingConfig(3, guidance=guidance)) for guidance in (1.0, 1.5))
+    assert twice - plain == 3 * flops.flow_head(CFG, 1)
+    with pytest.raises(InputError, match="`guidance` 2: needs a world trained with `action_dropout`"):
+        rollout(world_of(), FRAMES[:, :1], ACTIONS, KEY, SamplingConfig(1, guidance=2.0))
+
+
+def test_the_head_learns_without_some_actions():
+    cfg = dataclasses.replace(CFG, action_dropout=0.25)
+    plain, drawn = Flow.draw(CFG, KEY, 60, 16), Flow.draw(cfg, KEY, 60, 16)
+    assert 0.2 < jnp.mean(drawn.untold_BTm1) < 0.3
+    assert plain.untold_BTm1 is None
+    jax.tree.map(np.testing.assert_array_equal, plain, drawn._replace(untold_BTm1=None))
+    # The last action leads to the last frame, and nothing else knows of it.
+    flow, other = world_of(cfg).dynamics, ACTIONS.at[:, -1].add(-1)
+    drawn = Flow.draw(cfg, KEY, 2, 5)
+    told = jnp.array([[False, True, False, False], [True, False, False, False]])
+
+    @jax.jit
+    def loss(actions, untold):
+        return flow.loss(seen(FRAMES, actions), drawn._replace(untold_BTm1=untold))[0]
+
+    assert loss(ACTIONS, told) != loss(other, told)
+    untold = told.at[:, -1].set(True)
+    assert loss(ACTIONS, untold) == loss(other, untold)
+    with pytest.raises(InputError, match=r"`action_dropout` 0\.25: is for `kind` flow"):
+        DynamicsConfig(action_dropout=0.25)
+    with pytest.raises(InputError, match=r"`action_dropout` 1\.0: must be"):
+        dataclasses.replace(CFG, action_dropout=1.0)
 
 
 def test_steps_are_drawn_of_every_size():

@@ -40,7 +40,7 @@ HARMLESS = {
     *("policy_checkpoint", "world_checkpoint"),
     *("log", "entity", "project", "run_name", "tensorboard", "profile", "debug_nans", "log_gradients", "deterministic"),
     *("log_interval", "val_interval", "val_batches", "checkpoint_interval", "keep_latest", "keep_every", "keep_best"),
-    *("steps", "temperature", "order", "top_k", "top_p"),  # of sampling
+    *("steps", "temperature", "order", "top_k", "top_p", "guidance"),  # of sampling
     *("num_workers", "fsdp", "batch_per_device", "distributed", "coordinator", "num_processes", "process_id"),
     *("remat", "attention", "platform", "compile_cache"),
 }
