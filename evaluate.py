@@ -146,7 +146,7 @@ def measure(
             print("rollouts with other steps, orders and temperatures", flush=True)
             n = bench.plan.rollout_clips
             clips = bench.truth[:n], actions[:n]
-            measured |= measure_sampling(bench.compare, world, *clips, bench.plan.batch_size, cfg.seed)
+            measured |= measure_sampling(bench.compare, world, *clips, bench.plan.batch_size, cfg.seed, sampling)
     setting = {
         "kind": kind,
         "split": cfg.split,

@@ -213,7 +213,6 @@ def clip_flops(world_cfg: WorldConfig, source: ActionSource, from_tokens: bool =
 
 def main(cfg: Config) -> None:
     cfg = start(cfg)
-    cfg.sampling.expect(cfg.model)
     shortest = 2 if cfg.pad_short else cfg.seq_len
     train, val = open_splits(cfg.data_dir, cfg.seq_len, shortest, tokens_too=True, outcomes=head_names(cfg.heads))
     source = choose_actions(cfg, train.metadata)

@@ -1,5 +1,8 @@
 """Sampling: how good rollouts are, over steps, order and temperature."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +22,20 @@ ORDERS = ("confidence", "random", "halton")
 
 
 def measure_sampling(
-    compare: Compare, world: World, truth: np.ndarray, actions: np.ndarray, batch_size: int, seed: int
+    compare: Compare,
+    world: World,
+    truth: np.ndarray,
+    actions: np.ndarray,
+    batch_size: int,
+    seed: int,
+    sampling: SamplingConfig,
 ) -> Measured:
     """Rolls the same clips out from their first frame in every way; a causal world knows temperatures only, and a
     flow steps and temperatures.
 
     Args:
       actions: (B, Tm1).
+      sampling: What else a way has.
     Returns:
       `sampling_sweep` in the details: a row for each way. Its PSNRs are of all frames, pooled and by mean of the
       clips' PSNRs; `unchanged` and `sharpness` are the rollouts' less, or over, those of the truth.
@@ -38,8 +48,9 @@ def measure_sampling(
     for order in orders:
         for temperature in TEMPERATURES:
             for count in steps:
-                way = SamplingConfig(count, temperature, order)  # type: ignore[arg-type]
-                rows.append({"order": order, "temperature": temperature, "steps": count})
+                row: dict[str, Any] = {"order": order, "temperature": temperature, "steps": count}
+                rows.append(row)
+                way = dataclasses.replace(sampling, **row)
                 rows[-1] |= _quality(compare, _play(world, truth, actions, batch_size, seed, way), truth, *real)
     return Measured(details={"sampling_sweep": rows})
 

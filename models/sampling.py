@@ -66,7 +66,9 @@ class SamplingConfig:
     def expect(self, dynamics: "DynamicsConfig") -> None:
         """Refuses what a world cannot be sampled with."""
         if self.guidance != 1.0 and not dynamics.action_dropout:
-            raise InputError(f"`guidance` {self.guidance:g}: needs a world trained with `action_dropout`; take 1")
+            raise InputError(
+                f"`guidance` {self.guidance:g}: needs a world trained with `action_dropout`; take 1", of=type(self)
+            )
 
 
 @dataclasses.dataclass(frozen=True)

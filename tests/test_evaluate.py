@@ -307,7 +307,9 @@ def test_ways_of_sampling_are_swept(monkeypatch):
     monkeypatch.setattr("evaluation.sampling.STEPS", (1, 3))
     monkeypatch.setattr("evaluation.sampling.ORDERS", ("random", "halton"))
     world = World(world_config(), Compute(), nnx.Rngs(0))
-    rows = measure_sampling(compare, world, TRUTH[:3, :4], ACTIONS[:3, :3] % 2, 2, 0).details["sampling_sweep"]
+    rows = measure_sampling(compare, world, TRUTH[:3, :4], ACTIONS[:3, :3] % 2, 2, 0, SamplingConfig()).details[
+        "sampling_sweep"
+    ]
     assert len({(row["order"], row["temperature"], row["steps"]) for row in rows}) == len(rows) == 2 * 3 * 2
     for temperature in (0.0, 0.5, 1.0):  # a single step leaves the order nothing to say
         assert len({r["psnr"] for r in rows if r["steps"] == 1 and r["temperature"] == temperature}) == 1

@@ -398,7 +398,7 @@ def test_bad_fields_are_refused():
 
 
 WORLD = [word.replace("tiny", "flow") for word in SMALL]
-WORLD += ["--model.head_blocks", 1, "--model.patch_size", 4, "--model.motion_reach", 2]
+WORLD += ["--model.head_blocks", 1, "--model.patch_size", 4, "--model.motion_reach", 2, "--model.action_dropout", 0.3]
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +440,7 @@ def test_a_world_without_a_tokenizer_samples_exports_and_is_measured(trained_flo
     assert world.num_actions == 3
     assert not any("tokenizer" in name for name in stored(folder, 6))
     out = tmp_path / "small"
-    export.main(export.Config(run=str(folder), out=str(out), num_clips=3, num_frames=8, steps=2))
+    export.main(export.Config(run=str(folder), out=str(out), num_clips=3, num_frames=8, steps=2, guidance=1.5))
     assert "| tokenizer |" not in (out / "README.md").read_text()
     sample.main(sample.Config(checkpoint=str(out), output_dir=str(tmp_path / "samples"), num_clips=2, shown_clips=1))
     assert (tmp_path / "samples" / "rollout.gif").is_file()
@@ -448,6 +448,7 @@ def test_a_world_without_a_tokenizer_samples_exports_and_is_measured(trained_flo
     evaluate.main(evaluate.Config(checkpoint=(str(out),), output_dir=str(tmp_path / "report"), **asked))
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert metrics["sampling"]["steps"] == 2
+    assert metrics["sampling"]["guidance"] == 1.5
     assert metrics["rollout_psnr"] > 0
     assert not any(name.startswith(("tokenizer", "reconstruction")) for name in metrics)
     assert {row["steps"] for row in metrics["sampling_sweep"]} == {1, 2, 4}
@@ -458,6 +459,8 @@ def test_what_a_flow_cannot_learn_from_is_refused(trained, dataset, tmp_path):
     given = [*WORLD, *flags(dataset, tmp_path), "--lam_checkpoint", trained["lam"]]
     done = script("train_dynamics", *given, "--model.patch_size", 40, check=False)
     assert "--model.patch_size 40: must be from 1 to the frames' shorter side, 16" in refused(done)
+    done = script("train_dynamics", *given, "--model.action_dropout", 0, "--sampling.guidance", 2, check=False)
+    assert "--sampling.guidance 2: needs a world trained with `action_dropout`" in refused(done)
     latents = ["--model.space", "latents", "--model.motion_reach", 0, "--model.edge_weight", 0]
     latents += ["--tokenizer_checkpoint", trained["tokenizer"]]
     done = script("train_dynamics", *given, *latents, check=False)

@@ -36,6 +36,7 @@ def world_config(cfg: Any, metadata: Metadata, source: ActionSource) -> WorldCon
     Raises:
       InputError: The parts do not fit together, or not the dataset.
     """
+    cfg.sampling.expect(cfg.model)
     tokenizer = None
     if DYNAMICS[cfg.model.kind].needs_tokenizer(cfg.model):
         tokenizer = stored_model_config(cfg.tokenizer_checkpoint, "tokenizer")
