@@ -7,7 +7,6 @@ earns 10, the step from 6 on ends the level, lost.
 import dataclasses
 import itertools
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +85,7 @@ class Counter(nnx.Module):
 
     def __init__(self):
         self.scale = nnx.Param(jnp.ones(()))  # which nothing may teach
-        self.cfg = types.SimpleNamespace(window=5, heads=TRUE.heads)
+        self.cfg = dataclasses.replace(TRUE, window=5)
         self.tokenizer = self.lam = None
         self.dynamics = self
 
