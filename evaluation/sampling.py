@@ -49,9 +49,9 @@ def measure_sampling(
         for temperature in TEMPERATURES:
             for count in steps:
                 row: dict[str, Any] = {"order": order, "temperature": temperature, "steps": count}
-                rows.append(row)
                 way = dataclasses.replace(sampling, **row)
-                rows[-1] |= _quality(compare, _play(world, truth, actions, batch_size, seed, way), truth, *real)
+                video = _play(world, truth, actions, batch_size, seed, way)
+                rows.append(row | _quality(compare, video, truth, *real))
     return Measured(details={"sampling_sweep": rows})
 
 
