@@ -1,5 +1,5 @@
 # make setup | demo | world | agent | play | test | test-all | lint | fit; everything is installed into .venv (what fit needs into
-# .venv-fit), and nothing outside it is touched.
+# .venv-fit); test, run by root, also installs a browser and nginx where they are missing.
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python

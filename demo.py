@@ -1,10 +1,8 @@
 """The whole way in one command: real CoinRun, three trainings, a rollout beside the truth, and its measurement.
 
-    make demo                        # everything goes to runs/demo
-    make world DATA=my_videos        # the same with your own videos, or a dataset of your own, in runs/my_videos
-    make agent                       # after the demo: a policy from videos without actions, played in the real game
-
-An interrupted demo continues where it stopped.
+make demo                        # everything goes to runs/demo
+make world DATA=my_videos        # the same with your own videos, or a dataset of your own, in runs/my_videos
+make agent                       # after the demo: a policy from videos without actions, played in the real game
 """
 
 import dataclasses
@@ -31,7 +29,7 @@ class Config:
     data_dir: str = ""
     """Your own data: a dataset, or a folder of videos, arrays or pictures. Empty records CoinRun."""
     output_dir: str = ""
-    """Where everything goes; default: runs/demo, or runs/<name of your data>."""
+    """Where everything goes, and goes on; default: runs/demo, or runs/<name of your data>."""
     preset: Literal["tiny", "flow", "latents", "small"] = "latents"
     """Of the trainings; flow and small need no tokenizer's, tiny has tokens, small wants --num_episodes 600."""
     num_episodes: int = 100
@@ -92,11 +90,13 @@ def own_data(cfg: Config, root: Path) -> str:
     data = Path(cfg.data_dir)
     if not (data / "metadata.json").exists():
         data = root / "data"
-        size = ["--height", str(cfg.height), "--width", str(cfg.width)]
-        rate = [] if cfg.fps is None else ["--fps", str(cfg.fps)]
+        size = {"height": cfg.height, "width": cfg.width, "fps": cfg.fps}
         if not (data / "metadata.json").exists():
-            source = ["--input_dir", cfg.data_dir, "--output_dir", str(data)]
-            together(["preprocess_dataset.py", *source, *size, *rate, "--seed", str(cfg.seed)])
+            source = ["--input_dir", cfg.data_dir, "--output_dir", str(data), "--seed", str(cfg.seed)]
+            given = [f"--{name}={value}" for name, value in size.items() if value is not None]
+            together(["preprocess_dataset.py", *source, *given])
+        elif any(read_metadata(data).made_by["arguments"][name] != value for name, value in size.items()):
+            raise InputError(f"`output_dir` {root}: has clips of another `height`, `width` or `fps`; give another")
     if cfg.use_gt_actions and not read_metadata(data).has_actions:
         raise InputError(f"`use_gt_actions`: {cfg.data_dir} has no actions; leave it out, to find latent ones")
     inspection = root / "inspection"
@@ -125,8 +125,7 @@ def estimate(cfg: Config, summary: dict[str, Any]) -> str:
     height, width, _ = summary["frame_shape"]
     patches, cores = -(-height // 8) * -(-width // 8) / 64, num_cores()
     minutes = max(1, round(MINUTES[cfg.preset] * patches * (0.5 + 1 / min(cores, 4))))
-    where = f"{cores} core{'s' * (cores > 1)} with nothing beside"
-    return f"\ntrainings and their measurement follow: about {minutes} min on {where}"
+    return f"\ntrainings and their measurement follow: about {minutes} min on {cores} quiet core{'s' * (cores > 1)}"
 
 
 EXPLORES = ("LEFT=1", "UP=1", "RIGHT=4", "RIGHT+UP=4")

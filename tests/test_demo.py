@@ -55,6 +55,8 @@ def test_of_a_single_video_a_world_is_made(commands, tmp_path, capfd):
     done = len(commands)
     demo.main(config)  # goes on where it stopped: nothing is read again
     assert {command[0] for command in commands[done:]}.isdisjoint({"preprocess_dataset.py", "inspect_dataset.py"})
+    with pytest.raises(InputError, match="has clips of another `height`"):
+        demo.main(dataclasses.replace(config, height=32))
 
 
 def test_a_dataset_is_taken_as_it_is_and_a_world_to_begin_with_is_passed_on(commands, dataset, tmp_path):
