@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import jax
 
-from evaluation.actions import ActionLabel, with_names
+from evaluation.actions import with_names
 from evaluation.clips import digest
 from evaluation.comparison import comparison
 from evaluation.measured import Measured, read_metrics, write_json
@@ -40,7 +40,8 @@ from evaluation.worlds import Result, compare_worlds, names_of
 from models.errors import InputError
 from models.genie import Inference, load, read_config, stored_sampling
 from models.sampling import SamplingFlags
-from utils.checkpoint import data_of, output_of
+from utils.actions import ActionLabel
+from utils.checkpoint import data_of, labels_file, output_of
 from utils.cli import DEFAULT_CACHE, run, set_up_jax
 from utils.data import ClipSource
 
@@ -177,9 +178,9 @@ def expect_frames(source: ClipSource, checkpoint: str, model: Any) -> None:
 
 
 def write_labels(checkpoint: str, labels: list[ActionLabel]) -> None:
-    """Writes what each action does beside the checkpoint, where play.py finds it."""
+    """Writes what each action does, where play.py finds it."""
     try:
-        write_json(output_of(checkpoint, "action_labels.json"), [dataclasses.asdict(label) for label in labels])
+        write_json(labels_file(checkpoint), [dataclasses.asdict(label) for label in labels])
     except OSError as error:  # somebody else's checkpoint, perhaps; the measurements are not lost for that
         print(f"warning: no labels of the actions for play.py: {error}", file=sys.stderr)
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from agents.planning import Shooter, WorldPlanner
-from agents.worlds import read_labels
+from agents.worlds import world_labels
 from evaluation.measured import write_json
 from evaluation.statistics import figure
 from evaluation.table import figure_text, markdown_table
@@ -72,8 +72,9 @@ def world_actions(cfg: Config, world: World, game: Procgen) -> tuple[np.ndarray,
     """For each of the world's actions the game's that it stands for, and how often plans choose it, by comparison."""
     if world.lam is None:
         return np.arange(len(game.action_names)), game.weights_A
-    labels = read_labels(cfg.checkpoint, world.num_actions)
-    return np.array([game.action_names.index(label.true) for label in labels]), [label.steps + 1 for label in labels]
+    labels = world_labels(cfg.checkpoint, world.num_actions)
+    true = [label.true or game.idle_action or "" for label in labels]  # what never occurs stands for none
+    return np.array([game.action_names.index(name) for name in true]), [label.count + 1 for label in labels]
 
 
 def main(cfg: Config) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agents.labels import CodeMap, ContextMap, Labelled, PairMap, Steps, label, others
+from agents.labels import CodeMap, ContextMap, Labelled, PairMap, Steps, in_windows, label, others
 from agents.policy import Chooser, PolicyPlayer
 from evaluation.measured import Measured, write_json
 from evaluation.page import write_page
@@ -26,7 +26,6 @@ from sources.once import Played, Player, play, scripted
 from sources.procgen import PlanningPlayer, Procgen
 from sources.registry import open_game
 from sources.walker import Walker
-from utils.checkpoint import data_of
 from utils.cli import DEFAULT_CACHE, run, set_up_jax
 from utils.data import ClipSource
 
@@ -124,6 +123,8 @@ def clone_of(checkpoint: str) -> Agent | None:
 def play_all(cfg: Config, table: Table, agent: Agent, source: ClipSource) -> dict[str, Played]:
     """How everybody's levels went, by name."""
     N, T, rng = cfg.num_levels, cfg.max_steps, np.random.default_rng(cfg.seed)
+    if agent.lam:  # first, since there may be too few clips
+        labelled, more = label(agent, source, max(cfg.labels), cfg.seed), others(agent, source, cfg.seed)
     players = scripted(action_shares(source, cfg.seed), N, T, cfg.seed)
     found = {name: table.play(name, lambda levels, player=player: player) for name, player in players.items()}
     if isinstance(table.game, Procgen):
@@ -138,15 +139,14 @@ def play_all(cfg: Config, table: Table, agent: Agent, source: ClipSource) -> dic
     if clone := clone_of(cfg.checkpoint):
         mapped, before = None, Chooser(clone)
         if clone.lam:  # from the same labels as the policy's
-            labelled, more = label(clone, source, cfg.main_labels, cfg.seed), others(clone, source, cfg.seed)
-            mapped = action_map("context", labelled, more, clone, table.num_actions, cfg.seed)
+            known = label(clone, source, cfg.main_labels, cfg.seed), others(clone, source, cfg.seed)
+            mapped = action_map("context", *known, clone, table.num_actions, cfg.seed)
         name = f"{BEFORE}, {cfg.main_labels} labels, context" if clone.lam else BEFORE
         found[name] = table.play(name, lambda _: PolicyPlayer(before, cfg.temperature, mapped, cfg.seed))
     choose = Chooser(agent)
     if not agent.lam:
         found["policy"] = table.play("policy", lambda _: PolicyPlayer(choose, cfg.temperature, None, cfg.seed))
         return found
-    labelled, more = label(agent, source, max(cfg.labels), cfg.seed), others(agent, source, cfg.seed)
     for num in cfg.labels:
         for kind in MAPS if num else ("code",):
             mapped = action_map(kind, labelled.first(num), more, agent, table.num_actions, cfg.seed)
@@ -160,9 +160,7 @@ def play_all(cfg: Config, table: Table, agent: Agent, source: ClipSource) -> dic
 def main(cfg: Config) -> None:
     set_up_jax(cfg.compile_cache)
     agent = load_agent(cfg.checkpoint)
-    source = ClipSource(
-        cfg.data_dir or data_of(cfg.checkpoint), "train", read_config(cfg.checkpoint)["train"]["seq_len"]
-    )
+    source = in_windows(agent, cfg.checkpoint, cfg.data_dir)
     if not source.metadata.num_actions:
         raise InputError(f"`data_dir` {source.folder}: has no discrete actions, which policies choose among")
     game, options = open_game(source.folder)

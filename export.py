@@ -25,7 +25,7 @@ from evaluation.table import headlines, markdown_table
 from models.errors import InputError
 from models.genie import World, load_world, read_config, stored_sampling, write_parameters
 from models.sampling import SamplingConfig, SamplingFlags
-from utils.checkpoint import data_of, is_exported
+from utils.checkpoint import LABELS, data_of, is_exported
 from utils.cli import run
 from utils.data import ClipSource, longest_clip
 from utils.records import PER_FRAME, Clip, Metadata, read_metadata, write_metadata, write_shard
@@ -158,8 +158,8 @@ def commands(cfg: Config, metadata: Metadata) -> list[str]:
         flags = [[f"--{'no-' * (x is False)}{name}", *words(x)] for name, x in options.items() if x not in ("", [])]
         found.append(shlex.join([str(metadata.made_by.get("command")), *itertools.chain(*flags)]))
     config = read_config(cfg.run)
-    for name in ("tokenizer_checkpoint", "lam_checkpoint"):
-        folder = config["train"].get(name, "")
+    for part in ("tokenizer", "lam"):
+        folder = config["model"][part] and config["train"].get(f"{part}_checkpoint", "")
         if folder and (Path(folder) / "config.json").is_file():
             found.append(read_config(folder).get("command", ""))
     found += [config.get("command", ""), shlex.join(["export.py", *sys.argv[1:]])]
@@ -187,7 +187,7 @@ def main(cfg: Config) -> None:
         write_slim_config(folder, cfg.run, sampling)
         num_frames = max(cfg.num_frames, world.cfg.window)  # fewer could not be evaluated on
         num_clips = write_clips(folder / "data", data_dir, cfg.num_clips, num_frames, cfg.seed)
-        labels = Path(cfg.run) / "action_labels.json"
+        labels = Path(cfg.run) / LABELS
         if labels.is_file():
             shutil.copyfile(labels, folder / labels.name)
         (folder / "README.md").write_text(card(cfg, world, metadata, sampling, num_clips))

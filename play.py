@@ -25,7 +25,7 @@ from models.errors import InputError
 from models.genie import Inference, World, load_world, stored_sampling
 from models.sampling import SamplingFlags
 from player.acting import Acting, Side
-from player.actions import Action, actions_doing, read_actions
+from player.actions import actions_doing, read_actions
 from player.controls import Controls, controls_of
 from player.engine import Engine
 from player.game import MAX_STEPS, Game
@@ -33,6 +33,7 @@ from player.real import RealGame
 from player.screen import Screen
 from player.server import check_address, check_origin, serve
 from sources.registry import open_game
+from utils.actions import ActionLabel
 from utils.checkpoint import data_of
 from utils.cli import DEFAULT_CACHE, run, set_up_jax, with_flags
 from utils.data import ClipSource
@@ -100,7 +101,7 @@ def load_game(cfg: Config) -> Game:
     """Loads the worlds and opens the real game, compiles them, and finds frames to start from."""
     names = cfg.checkpoint or ("runs/dynamics",)
     on_cpu = jax.default_backend() == "cpu"
-    sampling = cfg.over(stored_sampling(names[0]))
+    sampling = [cfg.over(stored_sampling(name)) for name in names]
     # A CPU gains little from a batch: taking turns, each frame is ready as soon as it can be.
     width = 1 if on_cpu else cfg.max_players
     thread = ThreadPoolExecutor(1, "device")
@@ -115,10 +116,10 @@ def load_game(cfg: Config) -> Game:
     acting = read_acting(cfg, names, worlds, metadata)
     engines: list[Screen] = [Engine(world, width, thread) for world in worlds]
     if real:
-        names, engines = (real.name, *names), [real, *engines]
+        names, engines, sampling = (real.name, *names), [real, *engines], [sampling[0], *sampling]
     print("compiling...", flush=True)
-    for engine in engines:
-        engine.warm_up(sampling)
+    for engine, way in zip(engines, sampling, strict=True):
+        engine.warm_up(way)
     fps = cfg.fps or (metadata.fps if metadata else 10.0)
     return Game(names, engines, acting, sampling, source, real, message, fps, cfg.seed, cfg.max_players)
 
@@ -154,7 +155,7 @@ def read_acting(cfg: Config, names: Sequence[str], worlds: Sequence[World], meta
     sides, policies = [], []
     if cfg.real and metadata:
         same = metadata.same_actions
-        sides.append(Side([Action(name, true=same.get(name, name)) for name in true_names], true_names))
+        sides.append(Side([ActionLabel(name, true=same.get(name, name)) for name in true_names], true_names))
         policies += [clone.in_game(metadata.frame_shape, len(true_names))] if clone else []
     for name, world in zip(names, worlds, strict=True):
         actions = read_actions(name, world.num_actions, true_names if world.lam is None else None)

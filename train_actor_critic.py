@@ -210,6 +210,7 @@ def main(cfg: Config) -> None:
     train, val = (open_split(cfg.data_dir, split, cfg.seq_len) for split in ("train", "val"))
     agent, world = load_parts(cfg, train.metadata)
     model_cfg, sampling = ActorCriticConfig(agent.cfg, world.cfg), stored_sampling(cfg.world_checkpoint)
+    told = str(sampling).replace(", guidance=1.0", "")  # younger than runs that are to be resumed
 
     fit(
         cfg,
@@ -222,7 +223,7 @@ def main(cfg: Config) -> None:
         val=val,
         trainable=TRAINABLE,
         initialise=lambda model: begin(model, agent, world),
-        parts={"policy": fingerprint(agent), "world": fingerprint(world), "sampling": str(sampling)},
+        parts={"policy": fingerprint(agent), "world": fingerprint(world), "sampling": told},
         clip_flops=clip_flops(cfg, model_cfg, sampling),
     )
 

@@ -160,8 +160,7 @@ def see(world: World, batch: Batch, drawn: Any) -> tuple[jax.Array | None, jax.A
         return None, frames, last
     if stored is not None and not tokenizer.cfg.closed_loop:  # else they depend on what is shown
         return stored.astype(jnp.int32), frames, last
-    encode = tokenizer.encode_latents if world.cfg.dynamics.latent_width else tokenizer.encode
-    return jax.lax.stop_gradient(encode(frames, last)), frames, last
+    return jax.lax.stop_gradient(tokenizer.code(frames, last)), frames, last
 
 
 def draw(world: World, batch: Batch, key: jax.Array) -> tuple[Batch, Any]:

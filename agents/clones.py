@@ -8,13 +8,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from agents.labels import ActionMap, CodeMap, ContextMap, Labelled, Steps, label, others
+from agents.labels import ActionMap, CodeMap, ContextMap, Labelled, Steps, in_windows, label, others
 from agents.policy import Chooser, PolicyPlayer
 from models.errors import InputError
-from models.genie import World, load_agent, read_config
+from models.genie import World, load_agent
 from models.lam import LAM
-from utils.checkpoint import data_of
-from utils.data import ClipSource
 
 MakePlayer = Callable[[int], PolicyPlayer]
 """From a seed to a player of one level."""
@@ -62,8 +60,7 @@ class Clone:
             self._expect("{} actions", self._agent.cfg.policy.num_actions, num_actions)
             return self._player(None)
         if self._map is None:
-            seq_len = read_config(self._checkpoint)["train"]["seq_len"]
-            source = ClipSource(data_of(self._checkpoint), "train", seq_len)
+            source = in_windows(self._agent, self._checkpoint)
             labelled = label(self._agent, source, self._num_labels, self._seed)
             self._expect("{} actions", source.metadata.num_actions, num_actions)
             more = others(self._agent, source, self._seed)

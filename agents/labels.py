@@ -9,10 +9,12 @@ from flax import nnx
 from scipy import optimize, special
 
 from models.errors import InputError
+from models.genie import read_config
 from models.policy import Agent
+from utils.checkpoint import data_of
 from utils.data import ClipSource
 
-OTHERS = 400  # windows without labels from which `ContextMap` learns
+OTHERS = 5200  # steps without labels from which `ContextMap` learns
 RIDGES = 3.0, 0.1  # how strongly its weights are held near 0: of what labels tell, and of what that tells of others
 SPREAD = 0.25  # standard deviation of the latents that it sees
 
@@ -151,9 +153,21 @@ def label(agent: Agent, source: ClipSource, num: int, seed: int) -> Labelled:
 def others(agent: Agent, source: ClipSource, seed: int) -> Steps:
     """Draws steps of a dataset, whose actions are not looked at; raises as `label` does."""
     rng = np.random.default_rng([seed, 1])
-    clips = rng.permutation(len(source))[:OTHERS]
+    in_each = max(source.seq_len - 2 - _first(agent), 1)
+    clips = rng.permutation(len(source))[: -(-OTHERS // in_each)]
     steps, _ = _look(agent, source, clips, rng.random(len(clips)), last=False)
     return Steps(*(x.reshape(-1, *x.shape[2:]) for x in steps))
+
+
+def in_windows(agent: Agent, checkpoint: str, data_dir: str = "") -> ClipSource:
+    """The clips that a policy learned from, or others, in windows as in its training, if one can look around a step."""
+    seq_len = max(read_config(checkpoint)["train"]["seq_len"], _first(agent) + 3)
+    return ClipSource(data_dir or data_of(checkpoint), "train", seq_len)
+
+
+def _first(agent: Agent) -> int:
+    """The first step of a window that has one before it, and all frames that the policy sees."""
+    return max(agent.cfg.policy.context - 1, 1)
 
 
 def _look(
@@ -165,7 +179,7 @@ def _look(
       last: The last of them alone.
     """
     context, T = agent.cfg.policy.context, source.seq_len
-    first, end = max(context - 1, 1), T - 2
+    first, end = _first(agent), T - 2
     if end <= first:
         raise InputError(f"`seq_len` {T}: windows of {first + 3} frames or more are needed, to look around a step")
     first = end - 1 if last else first

@@ -1,8 +1,6 @@
 """Rollouts of a world side by side on the device, each of which can begin anew: what its environments are made of."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +12,8 @@ from models.errors import InputError
 from models.genie import World
 from models.heads import Judged
 from models.sampling import SamplingConfig, next_frame, start_rollout
-from utils.checkpoint import output_of
+from utils.actions import ActionLabel, read_labels
+from utils.checkpoint import LABELS, find_labels
 from utils.data import ClipSource
 from utils.records import Metadata
 
@@ -72,34 +71,25 @@ def read_prompts(world: World, data_dir: str, split: str, num_frames: int) -> Pr
     return Prompts(batch.frames_BTHWC, np.concatenate([np.asarray(infer(x[None])) for x in batch.frames_BTHWC]))
 
 
-class Label(NamedTuple):
-    """What evaluate.py found of an action: the true one that it mostly does, in which share of how many steps."""
-
-    true: str
-    share: float
-    steps: int
-
-
-def read_labels(checkpoint: str, num_actions: int) -> list[Label]:
-    """What a world's actions do, as evaluate.py has left it beside the checkpoint.
+def world_labels(checkpoint: str, num_actions: int) -> list[ActionLabel]:
+    """What a world's actions do, as evaluate.py has found.
 
     Raises:
-      InputError: There are no labels, or they are of another world.
+      InputError: There are no labels, or they are of another world, or no action stands for a true one.
     """
-    folders = (Path(checkpoint), output_of(checkpoint))
-    file = next((found for folder in folders if (found := folder / "action_labels.json").is_file()), None)
-    if file is None:
-        raise InputError(f"{checkpoint}: has no action_labels.json, which says what actions do; run evaluate.py first")
-    rows = json.loads(file.read_text())
-    if len(rows) != num_actions:
-        raise InputError(f"{file}: {len(rows)} labels for {num_actions} actions; run evaluate.py again")
-    return [Label(row.get("true") or row["name"] or "", row.get("share") or 0.0, row["count"]) for row in rows]
+    if not (file := find_labels(checkpoint)):
+        raise InputError(f"{checkpoint}: has no {LABELS}, which says what actions do; run evaluate.py first")
+    labels = read_labels(file, num_actions)
+    if not any(label.true for label in labels):
+        raise InputError(f"{file}: knows no true actions; run evaluate.py on a dataset that has them")
+    return labels
 
 
 def real_actions(checkpoint: str, num_actions: int) -> dict[str, int]:
     """For each true action that some of a world's latent ones do, the latent one that does it most surely."""
-    labels = read_labels(checkpoint, num_actions)
-    surest = {labels[i].true: i for i in sorted(range(num_actions), key=lambda i: labels[i].share) if labels[i].true}
+    labels = world_labels(checkpoint, num_actions)
+    by_share = sorted(range(num_actions), key=lambda i: labels[i].share or 0.0)
+    surest = {labels[i].true: i for i in by_share if labels[i].true}
     return dict(sorted(surest.items()))
 
 

@@ -16,6 +16,7 @@ from evaluation.statistics import (
     figure,
     jackknife,
 )
+from utils.actions import ActionLabel
 
 LABELLED = (10, 50, 200, 1000)  # labelled transitions from which a map of latent to true actions is learned
 DRAWS = 20  # of which transitions these are
@@ -111,35 +112,20 @@ def _told(
     return _Told(jackknife(ami, np.stack([codes_BS, true_BS], axis=-1), groups=[levels_B]), accuracy)
 
 
-@dataclasses.dataclass(frozen=True)
-class ActionLabel:
-    """What is known of a world's action.
-
-    name: What it does in the world; of a LAM alone, as `true`.
-    true: The true action that it mostly stands for, in the share `share` of `count` transitions; empty where the
-      dataset has none.
-    """
-
-    name: str
-    true: str
-    share: float | None
-    count: int
-
-
 def action_labels(table: np.ndarray, names: Sequence[str]) -> list[ActionLabel]:
     """Labels of latent actions, from how often each meets each true action: (latent, true)."""
     labels = []
     for row in np.asarray(table):
         n, best = int(row.sum()), int(row.argmax())
         name = names[best] if n else ""
-        labels.append(ActionLabel(name, name, round(row[best] / n, 4) if n else None, n))
+        labels.append(ActionLabel(name, round(row[best] / n, 4) if n else None, n, name))
     return labels
 
 
 def true_action_labels(actions: np.ndarray, names: Sequence[str]) -> list[ActionLabel]:
     """Labels of actions that are the true ones, which stand for themselves."""
     counts = np.bincount(actions.reshape(-1), minlength=len(names))
-    return [ActionLabel(name, name, 1.0 if n else None, int(n)) for name, n in zip(names, counts, strict=True)]
+    return [ActionLabel(name, 1.0 if n else None, int(n), name) for name, n in zip(names, counts, strict=True)]
 
 
 def with_names(
@@ -148,5 +134,5 @@ def with_names(
     """Labels with the names that `evaluation.buttons` found; without labels, of latent `actions` (B, Tm1)."""
     if labels is None:
         counts = np.bincount(actions.reshape(-1), minlength=len(buttons))
-        labels = [ActionLabel("", "", None, int(n)) for n in counts]
+        labels = [ActionLabel(count=int(n)) for n in counts]
     return [dataclasses.replace(x, name=button["name"]) for x, button in zip(labels, buttons, strict=True)]

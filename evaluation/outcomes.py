@@ -41,9 +41,12 @@ def measure_heads(
     T = source.seq_len
 
     def dreamt(world: World, prompt: jax.Array, actions_BT: jax.Array, number_B: jax.Array) -> Judged:
-        state = start_rollout(world, to_float(prompt), actions_BT[:, : PROMPT - 1])
-        key = jax.random.fold_in(jax.random.key(seed), number_B[0])
-        return imagine(world, state, actions_BT[:, PROMPT - 1 :], key, sampling)[1]
+        def one(prompt: jax.Array, actions_1T: jax.Array, number: jax.Array) -> Judged:
+            state = start_rollout(world, to_float(prompt)[None], actions_1T[:, : PROMPT - 1])
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            return jax.tree.map(lambda x: x[0], imagine(world, state, actions_1T[:, PROMPT - 1 :], key, sampling)[1])
+
+        return jax.vmap(one)(prompt, actions_BT[:, None], number_B)
 
     numbers = np.arange(len(actions_BT), dtype=np.int32)
     rolled = in_batches(jitted(world, dreamt), batch_size, clips.frames_BTHWC[:, :PROMPT], actions_BT, numbers)
@@ -65,7 +68,8 @@ def judge_seen(world: World, frames: jax.Array, actions_BT: jax.Array) -> Judged
     """What the heads say of the action after each frame of clips (B, T), all of which they see up to that frame."""
     frames = to_float(frames)
     last = frames_before(frames)
-    seen = Seen(world.tokenizer.encode(frames, last), frames, last, actions_BT[:, :-1])
+    coded = world.tokenizer.code(frames, last) if world.tokenizer else None
+    seen = Seen(coded, frames, last, actions_BT[:, :-1])
     assert world.heads
     return world.heads(world.dynamics.hidden(seen), world.dynamics.embed_actions(actions_BT))
 

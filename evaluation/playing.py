@@ -59,7 +59,7 @@ def compared(metrics: Mapping[str, Any], name: str, other: str) -> dict[str, Any
 
 def best_sticky(metrics: Mapping[str, Any]) -> str | None:
     """Name of the best of those who do not look at the game."""
-    blind = [name for name in metrics["players"] if name.startswith(("sticky", "most frequent"))]
+    blind = [name for name in metrics["players"] if name.startswith(("sticky", "most frequent", "next most frequent"))]
     return max(blind, key=lambda name: metrics[f"{name}: solved"] or 0, default=None)
 
 

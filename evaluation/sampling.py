@@ -3,18 +3,15 @@
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from evaluation.clips import in_batches, to_float, to_uint8
 from evaluation.fidelity import Compare, pooled_psnr
 from evaluation.measured import Measured
-from evaluation.rollouts import as_played
+from evaluation.rollouts import Player
 from evaluation.stability import sharpness, unchanged
 from evaluation.statistics import figure
 from models.genie import World
-from models.sampling import SamplingConfig, rollout
+from models.sampling import SamplingConfig
 
 STEPS = (1, 2, 3, 4, 8, 25)
 TEMPERATURES = (0.0, 0.5, 1.0)
@@ -41,7 +38,7 @@ def measure_sampling(
       clips' PSNRs; `unchanged` and `sharpness` are the rollouts' less, or over, those of the truth.
     """
     cfg = world.cfg.dynamics
-    steps, orders = (STEPS, ORDERS) if cfg.kind == "maskgit" else (STEPS[:1], ORDERS[:1])
+    steps, orders = (STEPS, ORDERS) if cfg.kind in ("maskgit", "maskgit_head") else (STEPS[:1], ORDERS[:1])
     if cfg.kind == "flow":
         steps = tuple(2**i for i in range(cfg.flow_steps.bit_length()))
     rows, real = [], (unchanged(truth).mean(), sharpness(truth)[:, 1:].mean())
@@ -50,23 +47,10 @@ def measure_sampling(
             for count in steps:
                 row: dict[str, Any] = {"order": order, "temperature": temperature, "steps": count}
                 way = dataclasses.replace(sampling, **row)
-                video = _play(world, truth, actions, batch_size, seed, way)
+                played = Player(world, way, batch_size, seed)(truth[:, :1], actions)
+                video = np.concatenate([truth[:, :1], played], axis=1)
                 rows.append(row | _quality(compare, video, truth, *real))
     return Measured(details={"sampling_sweep": rows})
-
-
-def _play(
-    world: World, truth: np.ndarray, actions: np.ndarray, batch_size: int, seed: int, way: SamplingConfig
-) -> np.ndarray:
-    """The clips from their first frame on, that included."""
-
-    def play(prompt: np.ndarray, actions: np.ndarray, number: np.ndarray) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), int(number[0]))
-        return to_uint8(rollout(world, to_float(prompt), jnp.asarray(actions), key, way))
-
-    numbers = np.arange(len(truth))
-    video = in_batches(play, batch_size, truth[:, :1], as_played(actions), numbers)
-    return np.concatenate([truth[:, :1], video], axis=1)
 
 
 def _quality(

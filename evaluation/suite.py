@@ -9,7 +9,6 @@ import numpy as np
 
 from evaluation.actions import (
     LABELLED,
-    ActionLabel,
     action_labels,
     measure_meaning,
     merge_actions,
@@ -29,6 +28,7 @@ from models.errors import InputError
 from models.genie import World
 from models.lam import LAM
 from models.tokenizer import Tokenizer
+from utils.actions import ActionLabel
 from utils.data import ClipSource
 from utils.video import strip
 

@@ -218,15 +218,17 @@ class Flow(Dynamics):
             goal = self._two_steps(some, noisy, drawn)
             goal_BTm1NP = put(next_BTm1NP, drawn.halved_BX, goal)
         made_BTm1NP = self.predict(task, noisy_BTm1NP, level_BTm1, size_BTm1)
-        weight_BTm1 = jnp.where(size_BTm1 == 1.0, 1.0, 0.1 + 0.9 * level_BTm1)
-        if drawn.counts_BTm1 is not None:
-            weight_BTm1 *= drawn.counts_BTm1
+        counts_BTm1 = jnp.ones_like(level_BTm1) if drawn.counts_BTm1 is None else drawn.counts_BTm1
+        weight_BTm1 = counts_BTm1 * jnp.where(size_BTm1 == 1.0, 1.0, 0.1 + 0.9 * level_BTm1)
         error_BTm1 = jnp.mean(jnp.square(0.5 * (made_BTm1NP - goal_BTm1NP)), axis=(2, 3))
         loss = jnp.mean(weight_BTm1 * error_BTm1)
         if self.cfg.edge_weight:
             made, goal = (self._frames(x) for x in (made_BTm1NP, goal_BTm1NP))
             loss += self.cfg.edge_weight * jnp.mean(weight_BTm1 * edge_error(made, goal, self.cfg.patch_size))
-        share = lambda is_BTm1: jnp.sum(error_BTm1 * is_BTm1) / jnp.maximum(jnp.sum(is_BTm1), 1)
+
+        def share(is_BTm1: jax.Array) -> jax.Array:
+            return jnp.sum(error_BTm1 * counts_BTm1 * is_BTm1) / jnp.maximum(jnp.sum(counts_BTm1 * is_BTm1), 1e-6)
+
         return loss, {"one_step_mse": share(size_BTm1 == 1.0), "flow_mse": share(size_BTm1 < 1.0)}
 
     def hidden(self, seen: Seen) -> jax.Array:

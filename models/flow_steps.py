@@ -39,7 +39,7 @@ class Drawn(NamedTuple):
 
 
 def draw_steps(cfg: FlowConfig, key: jax.Array, num_clips: int, frames_TNP: tuple[int, ...]) -> Drawn:
-    """Half of the frames are made in one step, most others in the smallest; every fourth learns from two.
+    """Half of the frames are made in one step, others in the smallest; of all of them up to a quarter learn from two.
 
     Args:
       frames_TNP: Shape of a clip's values.

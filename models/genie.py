@@ -178,26 +178,27 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def model_config(kind: str, fields: dict[str, Any]) -> Any:
     """The frozen configuration of a model from what `config.json` holds."""
     if kind == "world":
-        parts = {name: fields[name] and model_config(name, fields[name]) for name in ("tokenizer", "lam")}
-        heads = fields.get("heads")
         return WorldConfig(
-            **parts,
+            tokenizer=_as_config(TokenizerConfig, fields["tokenizer"]),
+            lam=_as_config(LAMConfig, fields["lam"]),
             dynamics=_as_config(DynamicsConfig, fields["dynamics"]),
             window=fields["window"],
-            heads=None if heads is None else _as_config(HeadsConfig, heads),
+            heads=_as_config(HeadsConfig, fields.get("heads")),
         )
     if kind == "agent":
-        lam = fields["lam"]
-        return AgentConfig(
-            policy=_as_config(PolicyConfig, fields["policy"]), lam=None if lam is None else model_config("lam", lam)
-        )
+        return AgentConfig(_as_config(PolicyConfig, fields["policy"]), _as_config(LAMConfig, fields["lam"]))
     if kind == "actor_critic":
         return ActorCriticConfig(**{name: model_config(name, fields[name]) for name in ("agent", "world")})
     return _as_config(KINDS[kind][1], fields)
 
 
-def _as_config(of: type, fields: dict[str, Any]) -> Any:
-    """A configuration from JSON, which knows no tuples; what an older one lacks takes the default."""
+def _as_config(of: type, fields: dict[str, Any] | None) -> Any:
+    """A configuration from JSON, which knows no tuples; what an older one lacks takes the default,
+    and what this one does not know is refused."""
+    if fields is None:
+        return None
+    if unknown := fields.keys() - {field.name for field in dataclasses.fields(of)}:
+        raise InputError(f"made by another version: {of.__name__} has no {', '.join(sorted(unknown))}; train again")
     return of(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 

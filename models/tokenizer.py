@@ -212,6 +212,10 @@ class Tokenizer(nnx.Module):
         """Of kind mae, as `encode`: frames in [0, 1] to latents (B, T, N, L) with mean 0 and variance 1, nearly."""
         return self.vq.normalised(self._encode(frames_BTHWC, last_BTHWC).vectors_XL)
 
+    def code(self, frames_BTHWC: jax.Array, last_BTHWC: jax.Array | None = None) -> jax.Array:
+        """What dynamics models learn to predict: tokens, or latents where there are none."""
+        return (self.encode_latents if self.cfg.kind == "mae" else self.encode)(frames_BTHWC, last_BTHWC)
+
     def _encode(self, frames_BTHWC: jax.Array, last_BTHWC: jax.Array | None) -> Quantized | Squashed:
         if last_BTHWC is None or not self.cfg.closed_loop:
             last_BTHWC = frames_before(frames_BTHWC)

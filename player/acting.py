@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from models.errors import InputError
-from player.actions import Action, actions_doing, idle_action, matching_actions, spoken, true_actions
+from player.actions import actions_doing, idle_action, matching_actions, spoken, true_actions
 from player.controls import Controls, parse_hands
+from utils.actions import ActionLabel
 
 HAND = -1
 """Of who acts: the player."""
@@ -33,7 +34,7 @@ class Side(NamedTuple):
     surest: Of a world beside the real game, for the names of that one's actions which of its own does it most surely.
     """
 
-    actions: list[Action]
+    actions: list[ActionLabel]
     names: tuple[str, ...] = ()
     surest: Mapping[str, int] = MappingProxyType({})
 

@@ -1,58 +1,29 @@
 """What a world's actions do: the labels that evaluate.py leaves beside a checkpoint."""
 
-import dataclasses
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from utils.actions import ActionColumn
-from utils.checkpoint import output_of
+from models.errors import InputError
+from utils.actions import ActionColumn, ActionLabel, read_labels
+from utils.checkpoint import find_labels
 
 STAY = "stay"
 """What evaluation/buttons.py calls the action that does nothing."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Action:
-    """What is known of an action.
-
-    name: What it does; empty if unknown.
-    share: Of the steps that a latent action was inferred for, the part that took the true action `true`; None if
-      unknown.
-    count: Steps of the dataset that it was inferred for.
-    """
-
-    name: str = ""
-    share: float | None = None
-    count: int = 0
-    true: str = ""
-
-
-def read_actions(checkpoint: str, num_actions: int, names: tuple[str, ...] | None) -> list[Action]:
+def read_actions(checkpoint: str, num_actions: int, names: tuple[str, ...] | None) -> list[ActionLabel]:
     """Labels of a world's actions: those that evaluate.py has left, else `names` if they fit, else empty."""
-    folders = (Path(checkpoint), output_of(checkpoint))
-    file = next((found for folder in folders if (found := folder / "action_labels.json").is_file()), Path(checkpoint))
     try:
-        if file.is_file():
-            rows = json.loads(file.read_text())
-            if len(rows) != num_actions:
-                raise ValueError(f"{len(rows)} labels for {num_actions} actions")
-            return [_action(**row) for row in rows]
-    except (ValueError, TypeError, KeyError) as error:
-        print(f"warning: {file} is left aside: {error!r}", file=sys.stderr)
+        if file := find_labels(checkpoint):
+            return read_labels(file, num_actions)
+    except InputError as error:
+        print(f"warning: no labels of the actions: {error}", file=sys.stderr)
     if names is not None and len(names) == num_actions:
-        return [Action(name, true=name) for name in names]
-    return [Action()] * num_actions
-
-
-def _action(name: str | None, share: float | None, count: int, true: str | None = None) -> Action:
-    """From a row of the file; where an older one says nothing of the true action, the name is it."""
-    share = None if share is None or not count else float(share)
-    return Action(name or "", share, int(count), (name if true is None else true) or "")
+        return [ActionLabel(name, true=name) for name in names]
+    return [ActionLabel()] * num_actions
 
 
 def spoken(action: int | np.ndarray, columns: Sequence[ActionColumn] = ()) -> str:
@@ -70,7 +41,7 @@ def spoken(action: int | np.ndarray, columns: Sequence[ActionColumn] = ()) -> st
     return ", ".join(said) or "nothing"
 
 
-def idle_action(actions: list[Action], idle: str | None = None) -> int:
+def idle_action(actions: list[ActionLabel], idle: str | None = None) -> int:
     """The action to take while no key is held: the one that does nothing, by its label, else the most frequent.
 
     Args:
@@ -87,13 +58,13 @@ def _way(name: str) -> str:
     return re.sub(r"(, (SLOW|FAST)| \d+)$", "", name.upper())
 
 
-def _similar(name: str, theirs: Sequence[Action]) -> list[int]:
+def _similar(name: str, theirs: Sequence[ActionLabel]) -> list[int]:
     """Those of the same name; else of the same direction at any speed. None have no name."""
     same = [i for i, other in enumerate(theirs) if name and other.name.upper() == name.upper()]
     return same or [i for i, other in enumerate(theirs) if name and _way(other.name) == _way(name)]
 
 
-def matching_actions(ours: list[Action], theirs: list[Action], idle: str | None = None) -> list[int]:
+def matching_actions(ours: list[ActionLabel], theirs: list[ActionLabel], idle: str | None = None) -> list[int]:
     """For each of our actions the one of another world that does the same; `idle` is what doing nothing is called.
 
     Codes of two latent action models have nothing to do with each other, so names decide where both know them: the
@@ -111,7 +82,7 @@ def matching_actions(ours: list[Action], theirs: list[Action], idle: str | None 
 
 
 def actions_doing(
-    names: Sequence[str], theirs: list[Action], surest: Mapping[str, int], idle: str | None = None
+    names: Sequence[str], theirs: list[ActionLabel], surest: Mapping[str, int], idle: str | None = None
 ) -> list[int]:
     """For each true action of a game that action of a world which does it.
 
@@ -127,7 +98,7 @@ def actions_doing(
     return found
 
 
-def true_actions(ours: list[Action], names: Sequence[str], idle: str | None = None) -> list[int]:
+def true_actions(ours: list[ActionLabel], names: Sequence[str], idle: str | None = None) -> list[int]:
     """For each action of a world that of a game, by number, which it mostly does; where that is unknown, nothing."""
-    still = idle_action([Action(name) for name in names], idle)
+    still = idle_action([ActionLabel(name) for name in names], idle)
     return [names.index(action.true) if action.true in names else still for action in ours]

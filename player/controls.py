@@ -7,8 +7,8 @@ import numpy as np
 
 from models.dynamics import DynamicsConfig
 from models.errors import InputError
-from player.actions import Action, spoken
-from utils.actions import ActionColumn
+from player.actions import spoken
+from utils.actions import ActionColumn, ActionLabel
 
 FURTHEST = 3.0  # standard deviations of a real number that the mouse reaches
 TAP = 1 / 3  # how far a button moves what the mouse drives, of that
@@ -34,17 +34,17 @@ class Controls:
                 others = [float(v) for v in range(len(column.values or ())) if v != column.rest]
             self.buttons += [(i, value) for value in others]
 
-    def actions(self) -> list[Action]:
+    def actions(self) -> list[ActionLabel]:
         """What the buttons are called."""
-        named = [Action("nothing")]
+        named = [ActionLabel("nothing")]
         for i, value in self.buttons:
             column = self.columns[i]
             if _numbers(column) is not None:
-                named.append(Action(f"{column.name} {'-' if value < column.rest else '+'}"))
+                named.append(ActionLabel(f"{column.name} {'-' if value < column.rest else '+'}"))
             else:
                 row = self.still.copy()
                 row[i] = value
-                named.append(Action(spoken(row[[i]], [column])))
+                named.append(ActionLabel(spoken(row[[i]], [column])))
         return named
 
     def row(self, held: Iterable[int], mouse: Sequence[float] = (0.0, 0.0)) -> np.ndarray:

@@ -38,7 +38,8 @@ class Game:
 
     names, engines: Of the screens: how they are called, what draws them.
     acting: What their actions do, and who may choose them.
-    sampling: What the page starts with; `steps` and `temperature` are then each player's own.
+    sampling: How each screen is sampled. The page starts with the steps and the temperature of the first; these are
+      then each player's own.
     source: Clips to take the first frames from, or None; `message` then says what to do.
     real: The real game, where it is among the screens: its levels then give the first frames.
     fps: Frames per second that the page aims at.
@@ -47,7 +48,7 @@ class Game:
     names: tuple[str, ...]
     engines: Sequence[Screen]
     acting: Acting
-    sampling: SamplingConfig
+    sampling: Sequence[SamplingConfig]
     source: ClipSource | None
     real: RealGame | None = None
     message: str = ""
@@ -129,7 +130,8 @@ class Player:
         playing = asyncio.create_task(self.play())
         try:
             async for message in self.socket:
-                await self.read(message)
+                if message.type is not WSMsgType.ERROR:  # as when one is too large; the socket is closed then
+                    await self.read(message)
         finally:
             playing.cancel()
             await asyncio.gather(playing, return_exceptions=True)
@@ -250,8 +252,8 @@ class Player:
             "type": "hello",
             "worlds": worlds,
             "idle": acting.idle_action,
-            "steps": game.sampling.steps,
-            "temperature": game.sampling.temperature,
+            "steps": game.sampling[0].steps,
+            "temperature": game.sampling[0].temperature,
             "seed": game.seed,
             "fps": game.fps,
             "message": game.message,
@@ -298,11 +300,12 @@ class Player:
         if not self.states:
             raise InputError("Choose a frame to start from first.")
         game = self.game
-        sampling = dataclasses.replace(game.sampling, steps=message["steps"], temperature=message["temperature"])
+        asked = {name: message[name] for name in ("steps", "temperature")}
+        ways = [dataclasses.replace(sampling, **asked) for sampling in game.sampling]
         began = time.perf_counter()
         acted = await asyncio.to_thread(self.actors.act, message, self.frames)
-        asked = zip(game.engines, self.states, acted.taken, strict=True)
-        drawn = await asyncio.gather(*(e.step(Request(state, a, self.seed, sampling)) for e, state, a in asked))
+        of_each = zip(game.engines, self.states, acted.taken, ways, strict=True)
+        drawn = await asyncio.gather(*(e.step(Request(state, a, self.seed, way)) for e, state, a, way in of_each))
         self.frames, self.states = [frame for frame, _ in drawn], [state for _, state in drawn]
         self.frame += 1
         self.remember(self.frames, acted.labels)

@@ -143,8 +143,7 @@ def _encoder(
     @jax.jit
     def encode(frames_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         frames = frames_BTHWC.astype(jnp.float32) / 255
-        made = tokenizer.encode_latents(frames) if as_latents else tokenizer.encode(frames)
-        return made, lam.infer(frames) if lam else None
+        return tokenizer.code(frames), lam.infer(frames) if lam else None
 
     def encoded(clips: Sequence[Clip]) -> list[Clip]:
         # The last batch is filled up, so that nothing compiles twice, and short clips are: no token sees a later frame.

@@ -18,7 +18,7 @@ import evaluate_policy
 import train_actor_critic
 import train_policy
 from agents.imagination import LAMBDA, Imagined, expected, imagine_by, lambda_returns, targets
-from agents.labels import label
+from agents.labels import in_windows, label
 from agents.planning import DISCOUNT, LOSS
 from models.dynamics import DynamicsConfig
 from models.errors import InputError
@@ -31,7 +31,6 @@ from models.genie import (
     load,
     load_agent,
     load_world,
-    read_config,
     write_parameters,
 )
 from models.heads import BINS, HeadsConfig, Judged, two_hot
@@ -41,7 +40,7 @@ from models.policy import AgentConfig, Policy, PolicyConfig
 from models.sampling import SamplingConfig
 from models.tokenizer import TokenizerConfig
 from tests.conftest import CACHE, make_clip
-from utils.data import Batch, ClipSource
+from utils.data import Batch
 from utils.optim import OptimConfig, make_optimizer
 from utils.records import Metadata, write_metadata, write_shard
 from utils.state import TrainState
@@ -267,9 +266,11 @@ def test_what_comes_of_it_is_an_agent(improved, clone, world):
     rows = [json.loads(line) for line in (improved / "metrics.jsonl").read_text().splitlines()]
     told = next(row for row in rows if "val_worth" in row)
     assert {"val_worth_of_clone", "val_solved", "val_ended_of_clone", "val_divergence"} <= set(told)
-    seq_len = read_config(improved)["train"]["seq_len"]  # as those who label do
-    labelled = label(load_agent(improved), ClipSource(world / "data", "train", seq_len), 4, 0)
-    assert len(labelled.actions_N) == 4
+    agent = load_agent(improved)
+    assert in_windows(agent, str(improved)).seq_len == 4  # as in its training
+    whole.agent.cfg = dataclasses.replace(agent.cfg, policy=dataclasses.replace(POLICY, context=4))
+    assert in_windows(whole.agent, str(improved)).seq_len == 6  # who sees four frames looks around the step after them
+    assert len(label(agent, in_windows(agent, str(improved)), 4, 0).actions_N) == 4
     with pytest.raises(InputError, match="holds an actor_critic, but a world is needed"):
         load_world(improved)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.actions import ActionLabel, with_names
+from evaluation.actions import with_names
 from evaluation.buttons import (
     HELD_FRAMES,
     PROMPT_FRAMES,
@@ -14,6 +14,7 @@ from evaluation.buttons import (
     name_buttons,
     shifts,
 )
+from utils.actions import ActionLabel
 
 rng = np.random.default_rng(0)
 SIZE = 64
@@ -212,9 +213,9 @@ def test_names_are_distinct():
 
 def test_labels_take_the_measured_names():
     buttons = [{"name": "right"}, {"name": "stay"}]
-    labels = [ActionLabel("RIGHT", "RIGHT", 0.5, 4), ActionLabel("", "", None, 0)]
+    labels = [ActionLabel("RIGHT", 0.5, 4, "RIGHT"), ActionLabel()]
     assert with_names(labels, buttons, np.zeros((1, 1), int)) == [
-        ActionLabel("right", "RIGHT", 0.5, 4),
-        ActionLabel("stay", "", None, 0),
+        ActionLabel("right", 0.5, 4, "RIGHT"),
+        ActionLabel("stay"),
     ]
     assert [x.count for x in with_names(None, buttons, np.array([[0, 1, 1]]))] == [1, 2]

@@ -15,9 +15,10 @@ import export
 import play
 import sample
 from models.errors import InputError
-from models.genie import PARAMETERS, load_world, read_config, write_parameters
+from models.genie import PARAMETERS, load_world, model_config, read_config, write_parameters
 from player.actions import read_actions
 from tests.conftest import ROOT
+from utils.actions import ActionLabel
 from utils.checkpoint import data_of, output_of, take_folder
 from utils.data import ClipSource
 from utils.records import read_metadata
@@ -37,6 +38,19 @@ def exported(tmp_path_factory, trained):
 
 def files(folder):
     return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_labels_that_are_found_of_an_exported_world_are_its_own(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = lambda folder: [label.name for label in read_actions(str(folder), 3, None)]
+    assert names(exported) == ["LEFT"] * 3  # with which it came
+    evaluate.write_labels(str(exported), [ActionLabel("up")] * 3)
+    assert names(exported) == ["up"] * 3
+    other = tmp_path / exported.name
+    shutil.copytree(exported, other)
+    with (other / PARAMETERS).open("ab") as file:
+        file.write(b"of another training")
+    assert names(other) == ["LEFT"] * 3
 
 
 def test_variables_are_those_of_the_training_in_half_precision(exported, trained):
@@ -149,6 +163,11 @@ def test_the_world_that_comes_along_is_whole_and_small():
     assert any("up" in name for name in names)
     assert len(set(names)) == loaded.num_actions
     assert source.metadata.frame_shape == loaded.cfg.frame_shape
+
+
+def test_a_configuration_of_another_version_is_refused():
+    with pytest.raises(InputError, match="LAMConfig has no still_past, until"):
+        model_config("lam", {"width": 8, "until": 3, "still_past": 0.5})
 
 
 def test_an_exported_world_is_not_trained_on(exported):

@@ -433,8 +433,9 @@ def test_a_flow_learns_alike_on_many_devices_in_processes_and_recomputed(trained
     np.testing.assert_allclose(list(losses(tmp_path / "half").values()), list(losses(folder).values()), rtol=0.05)
 
 
-def test_a_world_without_a_tokenizer_samples_exports_and_is_measured(trained_flow, tmp_path):
+def test_a_world_without_a_tokenizer_samples_exports_and_is_measured(trained_flow, tmp_path, monkeypatch):
     folder, _ = trained_flow
+    monkeypatch.chdir(tmp_path)
     world = load_world(folder)
     assert world.tokenizer is None
     assert world.num_actions == 3

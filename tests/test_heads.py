@@ -21,7 +21,7 @@ from evaluation.outcomes import expected_return, judge_seen, measure_heads
 from models.dynamics import DynamicsConfig, Seen
 from models.ends import ENDED, GOES_ON, LOST, SOLVED, TIME_UP
 from models.errors import InputError
-from models.genie import World, WorldConfig, model_config
+from models.genie import World, WorldConfig, model_config, sized
 from models.heads import Heads, HeadsConfig, Judged, bins, two_hot
 from models.motion import frames_before
 from models.nn import Compute
@@ -274,6 +274,29 @@ def test_a_judgement_knows_what_came_before_it_alone():
     heads = Heads(blind, 4, 16, Compute(), nnx.Rngs(0))
     heads.reward.out.kernel[...] = out.kernel[...]
     np.testing.assert_array_equal(heads(hidden, hidden[:, 0])[0], heads(hidden, hidden[:, 1])[0])
+
+
+@pytest.mark.parametrize("space", ["pixels", "latents"])
+def test_a_flow_is_judged_without_tokens(counter, space):
+    """Each action after the second frame by what a rollout from the true frames up to there says."""
+    mae = TokenizerConfig(**SIZE, patch_size=4, code_width=8, frame_shape=FRAME, kind="mae", rotary_space=True)
+    tokenizer = mae if space == "latents" else None
+    flow = sized(DynamicsConfig(**SIZE, kind="flow", space=space, patch_size=4, num_actions=2), tokenizer, FRAME)
+    world = World(dataclasses.replace(TRUE, tokenizer=tokenizer, dynamics=flow), Compute(), nnx.Rngs(0))
+    out = world.heads.reward.out
+    out.kernel[...] = jax.random.normal(jax.random.key(1), out.kernel.shape)
+    clips = ClipSource(counter, "val", T).windows([0, 1], [0.0, 0.0])
+    judged = jax.jit(lambda *given: judge_seen(world, *given).reward_X)(clips.frames_BTHWC, clips.actions_BT)
+
+    @jax.jit
+    def last(frames, actions_BT):
+        state = start_rollout(world, frames.astype(jnp.float32) / 255, actions_BT[:, :-1])
+        return world.judge(state, actions_BT[:, -1]).reward_X
+
+    for t in (2, T - 1):
+        there = last(clips.frames_BTHWC[:, :t], clips.actions_BT[:, :t])
+        np.testing.assert_allclose(judged[:, t - 1], there, rtol=1e-4, atol=1e-4)
+    assert measure_heads(world, ClipSource(counter, "val", T), SAMPLING, 8, 4, 0).figures
 
 
 @pytest.mark.parametrize("kind", ["maskgit", "maskgit_head", "causal", "flow"])

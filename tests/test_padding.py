@@ -23,7 +23,7 @@ from sources.tokens import TokenOptions, _encoder, windows
 from tests.conftest import FRAME, make_clip
 from tests.test_data import assert_same, take
 from tests.test_mixture import coloured
-from utils.action_source import LearnedActions, TrueActions
+from utils.action_source import JointActions, LearnedActions, TrueActions
 from utils.data import Batch, ClipSource, batches
 from utils.mixture import open_splits
 from utils.optim import make_optimizer
@@ -71,16 +71,21 @@ def training(kind: str):
         cfg = train_lam.Config(model=LAM_CONFIG, learning_rate=0.1, warmup_steps=0, grad_accum=2)
         model, trainable, step = LAM(LAM_CONFIG, Compute(), nnx.Rngs(0)), nnx.Param, train_lam.train_step
     else:
-        dynamics = dataclasses.replace(DYNAMICS, kind=kind)
-        cfg = train_dynamics.Config(model=dynamics, lam=LAM_CONFIG, learning_rate=0.1, warmup_steps=0)
+        dynamics, tokenizer, joint = dataclasses.replace(DYNAMICS, kind=kind), TOKENIZER, kind == "flow"
         source = LearnedActions(LAM_CONFIG, 0.1) if kind == "maskgit" else TrueActions()
-        model = World(WorldConfig(TOKENIZER, source.lam, dynamics, window=T), Compute(), nnx.Rngs(0))
+        if joint:
+            source = JointActions(dataclasses.replace(LAM_CONFIG, own_decoder=False), 0.1)
+            dynamics = dataclasses.replace(dynamics, sees_picture=False, action_width=LAM_CONFIG.code_width)
+            tokenizer = None
+        cfg = train_dynamics.Config(model=dynamics, joint_lam=joint, learning_rate=0.1, warmup_steps=0)
+        cfg = dataclasses.replace(cfg, lam=source.lam or LAM_CONFIG)
+        model = World(WorldConfig(tokenizer, source.lam, dynamics, window=T), Compute(), nnx.Rngs(0))
         trainable, step = source.trainable, lambda *given: train_dynamics.train_step(*given, source)
     state = TrainState.create(model, trainable, make_optimizer(cfg, 10), ema=False)
     return jax.jit(lambda state, batch, key: step(state, batch, key, cfg)), state
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "lam", "maskgit", "maskgit_head", "causal"])
+@pytest.mark.parametrize("kind", ["tokenizer", "lam", "maskgit", "maskgit_head", "causal", "flow"])
 def test_nothing_is_learned_of_what_fills_a_clip_up(kind):
     """Parameters, codebooks and metrics are the same to the bit, whatever it is."""
     run, state = training(kind)

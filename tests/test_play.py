@@ -34,7 +34,7 @@ from models.genie import World, load_world
 from models.nn import Compute
 from models.sampling import SamplingConfig, rollout
 from play import Config, load_game, open_dataset
-from player.actions import Action, idle_action, matching_actions, read_actions
+from player.actions import idle_action, matching_actions, read_actions
 from player.engine import Engine, Request
 from player.game import MAX_UPLOAD, Game, Player
 from player.pictures import decode_picture, fit_picture
@@ -43,6 +43,7 @@ from player.server import build_app, check_address
 from sources.video import read_video
 from tests.conftest import CACHE, ROOT
 from tests.test_sampling import CONFIG
+from utils.actions import ActionLabel as Action
 from utils.cli import with_flags
 from utils.records import read_metadata, write_metadata
 
@@ -244,7 +245,7 @@ GARBAGE = [
 ]
 
 
-def test_malformed_messages_are_answered_and_do_no_harm(game):
+def test_malformed_messages_are_answered_and_do_no_harm(game, caplog):
     async def play():
         async with serving(game) as (_, _, connect):
             client = await connect()
@@ -271,6 +272,7 @@ def test_malformed_messages_are_answered_and_do_no_harm(game):
         await left(game)
 
     asyncio.run(play())
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 HANDSHAKE = (
@@ -587,6 +589,35 @@ def test_a_missing_dataset_is_told(tmp_path, capsys):
     assert f"warning: no frames to start from: --data_dir {tmp_path}/gone: no dataset here" in capsys.readouterr().err
     with pytest.raises(InputError, match="no dataset here"):
         open_dataset(Config(data_dir=str(tmp_path)), str(tmp_path))
+
+
+def test_each_world_is_sampled_in_its_own_way(trained, dataset, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(trained["world"], other)
+    stored = json.loads((other / "config.json").read_text())
+    stored["train"]["sampling"] = {"order": "halton", "steps": 7, "top_k": 2}
+    (other / "config.json").write_text(json.dumps(stored))
+    asked = []
+
+    async def step(engine, request):
+        asked.append(request.cfg)
+        return np.zeros(engine.frame_shape, np.uint8), request.state
+
+    monkeypatch.setattr(Engine, "warm_up", lambda *_: None)
+    monkeypatch.setattr(Engine, "step", step)
+
+    async def play():
+        worlds = (str(trained["world"]), str(other))
+        async with serving(load_game(Config(checkpoint=worlds, data_dir=str(dataset), compile_cache=""))) as serves:
+            client = await serves[2]()
+            await client.receive("hello")
+            await client.start()
+            await client.step(1, steps=3, temperature=0.5)
+
+    asyncio.run(play())
+    assert asked[1] == SamplingConfig(3, 0.5, "halton", top_k=2)
+    assert asked[0].order == "confidence"
+    assert asked[0].top_k == 0
 
 
 def test_the_dataset_says_which_action_is_idle(trained, dataset, tmp_path, monkeypatch):

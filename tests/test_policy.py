@@ -25,7 +25,7 @@ from models.policy import Agent, AgentConfig, Policy, PolicyConfig
 from sources import procgen, recording
 from sources.environment import RecordingOptions, options_of
 from sources.levels import clips_of
-from sources.once import Played, Scripted, play
+from sources.once import Played, Scripted, play, scripted
 from sources.procgen import PlanningPlayer, Procgen
 from sources.recording import record
 from sources.registry import open_game
@@ -313,6 +313,8 @@ def test_players_are_compared_on_the_same_levels():
     metrics = (measured_play(found, np.arange(4)) | Measured()).to_json()
     assert metrics["policy: solved"] == 1
     assert best_sticky(metrics) == "sticky, b"
+    for name in scripted(np.ones(3), 1, 1, 0):  # of all who do not look, but for who acts at random
+        assert (best_sticky({"players": [name], f"{name}: solved": 0.5}) == name) == (name != "random")
     assert compared(metrics, "policy", "sticky, b")["mean"] == pytest.approx(25)
     before = measured_play(found | {"clone": played(0, 1, 0, 1)}, np.arange(4)).to_json()
     setting = {"game": "", "num_levels": 4, "split": "test", "max_steps": 9, "temperature": 1.0, "labels": ()}

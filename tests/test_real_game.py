@@ -28,7 +28,6 @@ from models.sampling import SamplingConfig
 from models.tokenizer import TokenizerConfig
 from play import Config, load_game
 from player.acting import HAND, Side, table
-from player.actions import Action
 from player.game import Game
 from player.real import MAX_LEVEL, RealGame
 from player.screen import Request
@@ -36,6 +35,7 @@ from sources.recording import record
 from tests.conftest import CACHE
 from tests.test_play import CHROMIUM, TEN_SECONDS, Client, browsing, left, serving
 from tests.test_policy import GAME, OPTIONS
+from utils.actions import ActionLabel as Action
 from utils.cli import with_flags
 from utils.data import ClipSource
 from utils.records import read_metadata
@@ -263,7 +263,11 @@ def test_a_policy_acts_by_the_screen_that_it_sees(kind, game, world, policies):
 
 
 def test_actions_of_the_game_and_of_worlds_stand_for_each_other():
-    codes = [Action("left, fast", true="LEFT", count=3), Action("up", true="RIGHT"), Action("stay", true="UP", count=9)]
+    codes = [
+        Action("left, fast", true="LEFT", count=3),
+        Action("up", true="RIGHT"),
+        Action("stay", true="UP", count=9),
+    ]
     names = ("UP", "LEFT", "NONE", "RIGHT")
     real = Side([Action(name) for name in names], names)
     ours = Side(codes, surest={"RIGHT": 1})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import pytest
 from flax import nnx
 
 import agents
+import evaluate_planning
 from agents.planning import WorldPlanner
-from agents.worlds import read_labels, real_actions
+from agents.worlds import real_actions, world_labels
 from models.dynamics import DynamicsConfig
 from models.errors import InputError
 from models.genie import CONFIG_VERSION, World, WorldConfig, load_world, write_parameters
@@ -78,9 +80,24 @@ def test_heads_are_trained_stored_and_scored(world, tmp_path):
 def test_labels_name_real_actions(world, tmp_path):
     assert real_actions(world, 3) == {"BACK": 1, "ON": 2}  # the surest
     with pytest.raises(InputError, match="3 labels for 4 actions"):
-        read_labels(world, 4)
+        world_labels(world, 4)
     with pytest.raises(InputError, match=r"has no action_labels\.json"):
-        read_labels(tmp_path, 3)
+        world_labels(tmp_path, 3)
+
+
+def test_a_code_that_never_occurs_stands_for_no_action_in_plans(tmp_path):
+    game = SimpleNamespace(action_names=("LEFT", "NONE", "RIGHT"), idle_action="NONE")
+    rows = [{"name": "right", "true": "RIGHT", "share": 0.5, "count": 3}]
+    rows.append({"name": "stay", "true": "", "share": None, "count": 0})
+    given = evaluate_planning.Config(checkpoint=str(tmp_path)), SimpleNamespace(lam=True, num_actions=2), game
+    (tmp_path / "action_labels.json").write_text(json.dumps(rows))
+    true_A, weights_A = evaluate_planning.world_actions(*given)
+    np.testing.assert_array_equal(true_A, [2, 1])
+    assert weights_A == [4, 1]
+    assert real_actions(str(tmp_path), 2) == {"RIGHT": 0}
+    (tmp_path / "action_labels.json").write_text(json.dumps([rows[1]] * 2))
+    with pytest.raises(InputError, match="knows no true actions"):
+        real_actions(str(tmp_path), 2)
 
 
 class Scores:

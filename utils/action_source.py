@@ -135,7 +135,7 @@ class JointActions(LearnedActions):
 
     def actions(self, world: World, batch: Batch, frames_BTHWC: jax.Array, train: bool) -> Acted:
         assert world.lam
-        out = world.lam.act(frames_BTHWC, train)
+        out = world.lam.act(frames_BTHWC, train, batch.weight_BT)
         return Acted(out.codes_X, self.commitment * out.commitment, (out.latents_XL, out.codes_X), out.vectors_XL)
 
 

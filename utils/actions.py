@@ -1,7 +1,11 @@
-"""What an action says, where it is more than one integer."""
+"""What an action says, where it is more than one integer, and what is known of a world's."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
+
+from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,3 +33,41 @@ def column_from(fields: dict[str, Any]) -> ActionColumn:
     """A column from JSON, which knows no tuples."""
     values = fields["values"]
     return ActionColumn(**fields | {"values": None if values is None else tuple(values)})
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionLabel:
+    """What is known of a world's action.
+
+    name: What it does in the world, of a LAM alone as `true`; empty if unknown.
+    share: Of the steps that a latent action was inferred for, the part that took the true action `true`; None if
+      unknown.
+    count: Steps of the dataset that it was inferred for.
+    true: The true action that it mostly stands for; empty where the dataset has none.
+    """
+
+    name: str = ""
+    share: float | None = None
+    count: int = 0
+    true: str = ""
+
+
+def read_labels(file: Path, num_actions: int) -> list[ActionLabel]:
+    """What is known of each of a world's actions, as evaluate.py has written it.
+
+    Raises:
+      InputError: The file is damaged, or of another world.
+    """
+    try:
+        labels = [_label(**row) for row in json.loads(file.read_text())]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file}: damaged ({error!r}); run evaluate.py again") from error
+    if len(labels) != num_actions:
+        raise InputError(f"{file}: {len(labels)} labels for {num_actions} actions; run evaluate.py again")
+    return labels
+
+
+def _label(name: str | None, share: float | None, count: int, true: str | None = None) -> ActionLabel:
+    """From a row of the file; where an older one says nothing of the true action, the name is it."""
+    share = None if share is None or not count else float(share)
+    return ActionLabel(name or "", share, int(count), (name if true is None else true) or "")

@@ -10,6 +10,7 @@ folder: what would go into that of a training goes to runs/worlds/<name of the f
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -179,6 +180,22 @@ def output_of(checkpoint: str | Path, name: str = "") -> Path:
     return (Path("runs/worlds") / Path(checkpoint).resolve().name if exported else Path(checkpoint)) / name
 
 
+LABELS = "action_labels.json"
+
+
+def labels_file(checkpoint: str | Path) -> Path:
+    """Where evaluate.py says what a world's actions do: of an exported one, apart from others of its name."""
+    if not is_exported(checkpoint):
+        return Path(checkpoint) / LABELS
+    digest = hashlib.sha256((Path(checkpoint) / PARAMETERS).read_bytes()).hexdigest()
+    return output_of(checkpoint, f"{digest[:8]}_{LABELS}")
+
+
+def find_labels(checkpoint: str | Path) -> Path | None:
+    """What evaluate.py has found last, else what an exported world came with; see `utils.actions.read_labels`."""
+    return next((file for file in (labels_file(checkpoint), Path(checkpoint) / LABELS) if file.is_file()), None)
+
+
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 RISING = ("psnr", "ssim", "accuracy", "usage", "margin", "_ap", "worth", "solved")
@@ -282,6 +299,7 @@ class Checkpoints:
     def _set_aside_incomplete(self) -> None:
         """Does so with checkpoints of which files are missing, before orbax meets them."""
         faults = {step: fault(self.folder / str(step)) for step in all_steps(self.folder)}
+        multihost_utils.sync_global_devices("checkpoints are looked at")  # by all, before any is renamed
         reasons = {step: f"{self.folder}/{step}: damaged ({reason})" for step, reason in faults.items() if reason}
         if reasons and len(reasons) == len(faults):
             raise DamagedCheckpointError(f"{reasons[max(reasons)]}; there is no other that is whole")
