@@ -38,7 +38,7 @@ from evaluation.suite import (
 from evaluation.table import HEADLINES, METRICS
 from evaluation.worlds import Result, compare_worlds, names_of
 from models.errors import InputError
-from models.genie import Inference, load, read_config, stored_sampling
+from models.genie import Inference, load, read_config, stored_model_config, stored_sampling
 from models.sampling import SamplingFlags
 from utils.actions import ActionLabel
 from utils.checkpoint import data_of, labels_file, output_of
@@ -84,14 +84,16 @@ def main(cfg: Config) -> None:
     several, source, bench = len(stored) > 1, open_clips(cfg, list(stored.values())), None
     folder = Path(cfg.output_dir or ("runs/comparison" if several else output_of(cfg.checkpoint[0], "evaluation")))
     results: dict[str, Result] = {}
+    kinds = {name: config["kind"] for name, config in stored.items()}
     for name, checkpoint in checkpoints.items():
-        began, kind = time.perf_counter(), stored[name]["kind"]
-        if kind in ("agent", "actor_critic"):
+        if kinds[name] in ("agent", "actor_critic"):
             raise InputError(f"`checkpoint` {checkpoint}: holds a policy, which evaluate_policy.py measures")
-        if several and kind != "world":
-            raise InputError(f"`checkpoint` {checkpoint}: holds a {kind}; several checkpoints must be worlds")
+        if several and kinds[name] != "world":
+            raise InputError(f"`checkpoint` {checkpoint}: holds a {kinds[name]}; several checkpoints must be worlds")
+        expect_frames(source, checkpoint, kinds[name])
+    for name, checkpoint in checkpoints.items():
+        began, kind = time.perf_counter(), kinds[name]
         model = load(checkpoint, kind, cfg.compute)
-        expect_frames(source, checkpoint, model)
         bench = bench or set_up(cfg, source)
         result, labels = measure(cfg, checkpoint, kind, model, bench)
         result.speed["wall_seconds"] = round(time.perf_counter() - began, 1)
@@ -170,9 +172,9 @@ def open_clips(cfg: Config, stored: list[dict[str, Any]]) -> ClipSource:
     return ClipSource(cfg.data_dir or data_of(cfg.checkpoint[0]), cfg.split, min(windows))
 
 
-def expect_frames(source: ClipSource, checkpoint: str, model: Any) -> None:
+def expect_frames(source: ClipSource, checkpoint: str, kind: str) -> None:
     """Refuses a model of frames of another size than the clips have."""
-    expected, found = model.cfg.frame_shape, source.metadata.frame_shape
+    expected, found = stored_model_config(checkpoint, kind).frame_shape, source.metadata.frame_shape
     if found != expected:
         raise InputError(f"`data_dir` {source.folder}: frames of {found}, those of {checkpoint} are {expected}")
 

@@ -73,6 +73,7 @@ def scan(cfg: Config, metadata: Metadata) -> Scan:
 def main(cfg: Config) -> None:
     # Not at the top: they bring scipy and JAX, which the workers do without.
     from evaluation.duplicates import find_duplicates
+    from evaluation.fixes import expect_empty
     from evaluation.inspection import remarks, summarise
     from evaluation.inspection_page import choose_clips, contact_sheet, film, pictures_of_pairs, sections
     from evaluation.page import write_page
@@ -80,18 +81,20 @@ def main(cfg: Config) -> None:
     began = time.perf_counter()
     metadata, data = read_metadata(cfg.data_dir), Path(cfg.data_dir)
     folder = Path(cfg.output_dir or Path("runs/inspections") / data.resolve().name)
+    if cfg.fix != "none":
+        expect_empty(folder / "dataset")
     found = scan(cfg, metadata)
     duplicates = find_duplicates(found)
     summary = summarise(metadata, found, duplicates)
     notes = remarks(summary)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps(summary | {"remarks": notes}, indent=1) + "\n")
     chosen = [found.places[i] for i in choose_clips(found, cfg.num_clips, cfg.seed)]
     films = [film(data, metadata, place, f"clip-{i}") for i, place in enumerate(chosen)]
     pairs = pictures_of_pairs(data, found, duplicates)
     write_page(folder, f"Dataset {cfg.data_dir}", sections(summary, notes, films, pairs))
     if films:
         write_png(folder / "contact_sheet.png", contact_sheet(films))
+    (folder / "summary.json").write_text(json.dumps(summary | {"remarks": notes}, indent=1) + "\n")
     frames = summary["frames"]
     print(f"{cfg.data_dir}: {summary['clips']:,} clips, {frames:,} frames ({time.perf_counter() - began:.1f} s)")
     for note in notes:

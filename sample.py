@@ -17,17 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from evaluation.clips import to_uint8
+from evaluation.rollouts import Player
 from models.errors import InputError
 from models.genie import Inference, World, load_world, stored_sampling
 from models.sampling import SamplingFlags, rollout
 from player.actions import read_actions, spoken
 from player.chosen import check_columns, known_actions, listed_actions, random_like, swept_actions
+from player.controls import controls_of
 from utils.actions import ActionColumn
 from utils.checkpoint import data_of, output_of
 from utils.cli import run
 from utils.data import Batch, ClipSource, batches, longest_clip
 from utils.metrics import pooled_psnr, ssim
-from utils.records import Metadata
 from utils.video import label, strip, sweep, upscale, write_png, write_video
 
 
@@ -114,20 +115,24 @@ def choose_actions(
 
 
 def draw(
-    cfg: Config, truth: np.ndarray, predicted: np.ndarray, actions: np.ndarray, metadata: Metadata, folder: Path
+    cfg: Config, truth: np.ndarray, predicted: np.ndarray, said: list[list[str]], fps: float, folder: Path
 ) -> None:
-    """Writes the pictures. Frames are uint8 (B, T, H, W, C); beyond the truth's end its last frame stays."""
+    """Writes the pictures. Frames are uint8 (B, T, H, W, C); beyond the truth's end its last frame stays.
+
+    Args:
+      said: What the actions are called that lead to frames 1 ... T - 1.
+    """
     truth = np.concatenate([truth, truth[:, -1:].repeat(predicted.shape[1] - truth.shape[1], axis=1)], axis=1)
     truth, predicted = upscale(truth, cfg.scale), upscale(predicted, cfg.scale)
     frames = []
     for t in range(predicted.shape[1]):
-        names = ["prompt" if t < cfg.prompt_frames else spoken(a, metadata.action_columns) for a in actions[:, t - 1]]
+        names = ["prompt" if t < cfg.prompt_frames else row[t - 1] for row in said]
         top = [label(frame, f"truth {t}") for frame in truth[:, t]]
         bottom = [label(frame, name) for frame, name in zip(predicted[:, t], names, strict=True)]
         frames.append(np.concatenate([np.concatenate(top, axis=1), np.concatenate(bottom, axis=1)]))
     video = np.stack(frames)
     for name in ("rollout.gif", "rollout.mp4"):
-        write_video(folder / name, video, metadata.fps)
+        write_video(folder / name, video, fps)
     rows = np.stack([truth, predicted], axis=1).reshape(-1, *truth.shape[1:])
     write_png(folder / "rollout.png", strip(rows))
 
@@ -160,26 +165,29 @@ def main(cfg: Config) -> None:
         raise InputError(f"`prompt_frames` {cfg.prompt_frames}: must be from 1 to {world.cfg.window - 1}")
     source, clips = read_clips(cfg, world, num_frames)
     truth = jnp.asarray(clips.frames_BTHWC, jnp.float32) / 255
-    prompt = truth[:, : cfg.prompt_frames]
     columns = check_columns(world, source, clips)
     between = known_actions(world, clips, cfg.prompt_frames - 1)
     chosen = choose_actions(cfg, world, clips, columns, num_frames)
-    if cfg.actions == "sweep":
-        prompt, between = prompt[:1].repeat(len(chosen), axis=0), between[:1].repeat(len(chosen), axis=0)
-    actions = np.concatenate([between, chosen], axis=1)
     sampling = cfg.over(stored_sampling(cfg.checkpoint))
-    predicted = rollout(world, prompt, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
-    video = np.asarray(to_uint8(jnp.concatenate([prompt, predicted], axis=1)))
     folder = Path(cfg.output_dir or output_of(cfg.checkpoint, "samples"))
     if cfg.actions == "sweep":
+        rows = len(chosen)
+        prompt, before = (x[:1].repeat(rows, axis=0) for x in (clips.frames_BTHWC[:, : cfg.prompt_frames], between))
+        play = Player(world, sampling, rows, cfg.seed)
+        video = play(prompt, np.concatenate([before, chosen], axis=1), np.zeros(rows))  # the same noise in each row
+        video = np.concatenate([prompt, video], axis=1)
         true_names = source.metadata.action_names if world.lam is None else None
         labels = read_actions(cfg.checkpoint, world.num_actions, true_names)
         names = swept_actions(world, columns)[1] or [action.name for action in labels]
         write_png(folder / "sweep.png", sweep(video, names))
         print(f"wrote {folder}/sweep.png")
         return
-    shown = slice(min(cfg.shown_clips, cfg.num_clips))
-    draw(cfg, clips.frames_BTHWC[shown], video[shown], actions[shown], source.metadata, folder)
+    prompt, actions = truth[:, : cfg.prompt_frames], np.concatenate([between, chosen], axis=1)
+    predicted = rollout(world, prompt, jnp.asarray(actions), jax.random.key(cfg.seed), sampling)
+    video = np.asarray(to_uint8(jnp.concatenate([prompt, predicted], axis=1)))
+    shown, controls = slice(min(cfg.shown_clips, cfg.num_clips)), controls_of(world.cfg.dynamics, columns)
+    said = [[spoken(a, controls.columns if controls else ()) for a in row] for row in actions[shown]]
+    draw(cfg, clips.frames_BTHWC[shown], video[shown], said, source.metadata.fps, folder)
     if cfg.from_truth:
         table = compare(truth, predicted, cfg.prompt_frames)
         (folder / "rollout.json").write_text(json.dumps({"clips": cfg.num_clips} | table, indent=2))

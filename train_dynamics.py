@@ -148,18 +148,18 @@ def loss_fn(world: World, inputs: tuple[Batch, Any], source: ActionSource, train
 
 
 def see(world: World, batch: Batch, drawn: Any) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """Tokens (B, T, N) or latents of frames, these in [0, 1], and the pictures shown before them; stored tokens make
-    frames that are not stored."""
-    tokenizer, stored = world.tokenizer, batch.tokens_BTN
+    """Tokens (B, T, N) or latents of frames, these in [0, 1], and the pictures shown before them; what is stored in
+    their place makes frames that are not."""
+    tokenizer, stored = world.tokenizer, batch.coded()
     if batch.frames_BTHWC is None:
-        frames = jnp.clip(tokenizer.decode(stored.astype(jnp.int32)).frames_BTHWC, 0, 1)
+        frames = jnp.clip(tokenizer.uncode(stored).frames_BTHWC, 0, 1)
     else:
         frames = batch.frames_BTHWC.astype(jnp.float32) / 255
     last = world.dynamics.pictures_before(frames, drawn)
     if tokenizer is None:
         return None, frames, last
     if stored is not None and not tokenizer.cfg.closed_loop:  # else they depend on what is shown
-        return stored.astype(jnp.int32), frames, last
+        return stored, frames, last
     return jax.lax.stop_gradient(tokenizer.code(frames, last)), frames, last
 
 
@@ -204,7 +204,7 @@ def evaluate(world: World, batch: Batch, key: jax.Array, cfg: Config, source: Ac
 def clip_flops(world_cfg: WorldConfig, source: ActionSource, from_tokens: bool = False) -> int:
     """Floating-point operations of a training step for one clip; frozen parts only run forward."""
     tokenizer, encode = world_cfg.tokenizer, 0
-    if tokenizer and not from_tokens:
+    if tokenizer and (tokenizer.closed_loop or not from_tokens):
         encode = flops.tokenizer_encode(tokenizer, world_cfg.window)
     dynamics = DYNAMICS[world_cfg.dynamics.kind].flops(world_cfg.dynamics, world_cfg.window)
     return (4 if world_cfg.heads else 3) * dynamics + encode + source.flops(world_cfg.window)

@@ -51,6 +51,7 @@ class Config(Output, Compute):
 
 def setting(cfg: Config) -> tuple[TrainConfig, Callable[[], TrainState], Callable[..., Any], int]:
     """The training's config, what makes its first state, its step (state, batch, key), and the FLOPs of a clip."""
+    cfg = cfg.settled()
     compute = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Compute)}
     script: Any = {"tokenizer": train_tokenizer, "lam": train_lam, "dynamics": train_dynamics}[cfg.model]
     if cfg.preset not in script.PRESETS:
@@ -90,11 +91,17 @@ def batch_of(cfg: Config, train_cfg: Any) -> Batch:
         raise InputError(f"`from_tokens`: `preset` {cfg.preset} has no tokenizer; leave it out")
     tokenizer = train_tokenizer.PRESETS[cfg.preset].model
     rng, lam = np.random.default_rng(0), train_lam.PRESETS[cfg.preset].model
-    tokens = rng.integers(0, tokenizer.num_codes, (B, T, tokenizer.num_patches), np.uint16)
-    return Batch(tokens_BTN=tokens, latent_actions_BT=rng.integers(0, lam.num_codes, (B, T), np.uint8))
+    places = (B, T, tokenizer.num_patches)
+    batch = Batch(latent_actions_BT=rng.integers(0, lam.num_codes, (B, T), np.uint8))
+    if tokenizer.motion_reach:  # whose frames are stored too
+        batch = batch._replace(frames_BTHWC=random_frames((B, T, *train_cfg.model.frame_shape)))
+    if tokenizer.kind == "mae":
+        return batch._replace(latents_BTNL=rng.normal(size=(*places, tokenizer.code_width)).astype(np.float16))
+    return batch._replace(tokens_BTN=rng.integers(0, tokenizer.num_codes, places, np.uint16))
 
 
 def main(cfg: Config) -> None:
+    cfg = cfg.settled()
     train_cfg, create, train_step, clip_flops = setting(cfg)
     state = jax.jit(create)()
     batch = jax.device_put(batch_of(cfg, train_cfg))

@@ -125,7 +125,7 @@ def action_labels(table: np.ndarray, names: Sequence[str]) -> list[ActionLabel]:
 def true_action_labels(actions: np.ndarray, names: Sequence[str]) -> list[ActionLabel]:
     """Labels of actions that are the true ones, which stand for themselves."""
     counts = np.bincount(actions.reshape(-1), minlength=len(names))
-    return [ActionLabel(name, 1.0 if n else None, int(n), name) for name, n in zip(names, counts, strict=True)]
+    return [ActionLabel(name, None, int(n), name) for name, n in zip(names, counts, strict=True)]
 
 
 def with_names(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 COLOURS = ("#1b6ca8", "#c8501e", "#2e8b57", "#8e5bb5", "#b8860b", "#5f6b75")
+STROKES = ("-", "o"), ("--", "s"), (":", "^")
 INK, FAINT = "#222222", "#e4e4e4"
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -83,7 +84,8 @@ def chart_svg(chart: Chart) -> str:
     def draw(axes: Any) -> None:
         from matplotlib.ticker import MaxNLocator
 
-        for line, colour in zip(chart.lines, itertools.cycle(COLOURS), strict=False):
+        kinds = itertools.product(STROKES, COLOURS)  # a colour's second line is dashed
+        for line, ((stroke, mark), colour) in zip(chart.lines, itertools.cycle(kinds), strict=False):
             bounds = zip(line.x, line.low, line.high, strict=False)
             band = [(x, low, high) for x, low, high in bounds if low is not None and high is not None]
             if band:
@@ -91,8 +93,8 @@ def chart_svg(chart: Chart) -> str:
             known = [(x, y) for x, y in zip(line.x, line.mean, strict=True) if y is not None]
             if not known:
                 continue
-            dot = "o" if chart.dots or len(known) == 1 else ""
-            axes.plot(*zip(*known, strict=True), color=colour, linewidth=1.6, marker=dot, label=line.name)
+            dot, look = mark if chart.dots or len(known) == 1 else "", {"linestyle": stroke, "linewidth": 1.6}
+            axes.plot(*zip(*known, strict=True), color=colour, marker=dot, label=line.name, **look)
         axes.set_xlabel(chart.x_label)
         axes.grid(axis="y")
         axes.margins(x=0.1 if chart.dots else 0.02)

@@ -35,6 +35,8 @@ class Clips(NamedTuple):
 def choose_clips(source: ClipSource, num_clips: int, seed: int) -> Clips:
     """Draws windows of `source.seq_len` frames that do not overlap, spread over as many records as possible.
 
+    Where they are to tell outcomes they reach up to the end of a clip, where these are.
+
     A function of the dataset, `num_clips` and `seed` alone; fewer clips are the first of more. Gives what there is
     where that is less than `num_clips`.
     """
@@ -44,8 +46,9 @@ def choose_clips(source: ClipSource, num_clips: int, seed: int) -> Clips:
     # Each record's windows in random order; all first ones come before all second ones.
     places = []
     for record, length in enumerate(lengths):
+        first = length % T if source.outcomes else 0
         for turn, slot in enumerate(rng.permutation(length // T)):
-            places.append((turn, rng.random(), record, source.position(slot * T, length)))
+            places.append((turn, rng.random(), record, source.position(first + slot * T, length)))
     chosen = sorted(places)[:num_clips]
     records = [place[2] for place in chosen]
     batch = source.windows(records, [place[3] for place in chosen])

@@ -34,16 +34,17 @@ def comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         else:
             change = difference(one, two, (values[0], values[1]) if paired else None, levels)
         half = (change.high - change.low) / 2
-        beyond = "*" if change.low > 0 or change.high < 0 else ""
+        marks = "*" * (change.low > 0 or change.high < 0) + "~" * (same and not paired)
         spread = f"± {half:.4f}" if math.isfinite(half) else ""
         unit = f"{METRICS[key].unit} {METRICS[key].arrow}".strip() if key in METRICS else ""
-        rows.append((key, unit, f"{one.mean:.4f}", f"{two.mean:.4f}", f"{change.mean:+.4f} {spread}", beyond))
+        rows.append((key, unit, f"{one.mean:.4f}", f"{two.mean:.4f}", f"{change.mean:+.4f} {spread}", marks))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     ]
-    how = "the same clips, compared one by one" if same else "different clips, compared as independent"
+    one_by_one = "the same clips, compared one by one, but for ~, compared as independent"
+    how = one_by_one if same else "different clips, compared as independent"
     arrows = "↑ more is better, ↓ less is better"
     return "\n".join(line.rstrip() for line in lines) + f"\n{arrows}; * beyond the 95 % interval; {how}"
 

@@ -7,8 +7,6 @@ thumbnail becomes brighter to the right. Their thumbnails decide.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from evaluation.scan import CELLS, Scan
 
@@ -58,10 +56,13 @@ def find_duplicates(scan: Scan) -> Duplicates:
     _, groups_N = np.unique(keys_N3, axis=0, return_inverse=True)
     exact_N = first_of(groups_N.reshape(N))
     kept = np.flatnonzero(exact_N == np.arange(N))
-    pairs_P2 = _confirmed(scan, _candidates(scan, kept))
-    ends = (np.concatenate([pairs_P2[:, 0], np.arange(N)]), np.concatenate([pairs_P2[:, 1], exact_N]))
-    _, groups_N = connected_components(coo_array((np.ones(len(ends[0]), bool), ends), shape=(N, N)), directed=False)
-    return Duplicates(exact_N, first_of(groups_N))
+    # In pairs, the one that is kept first: what repeats a clip that is left out itself may be unlike all that are kept.
+    near_N = np.arange(N)
+    pairs_P2 = np.sort(position_N[_confirmed(scan, _candidates(scan, kept))], axis=1)
+    for first, second in order_N[pairs_P2[np.lexsort((pairs_P2[:, 0], pairs_P2[:, 1]))]]:
+        if near_N[first] == first and near_N[second] == second:
+            near_N[second] = first
+    return Duplicates(exact_N, near_N[exact_N])
 
 
 def _rank(split: str) -> int:

@@ -24,7 +24,7 @@ PAIRS = 4  # of clips that look the same, shown
 
 
 def choose_clips(scan: Scan, num_clips: int, seed: int) -> list[int]:
-    """Numbers of clips to look at, a third of them held out: drawn, and then in the order of the dataset."""
+    """Numbers of clips to look at, a half of them held out: drawn, and then in the order of the dataset."""
     rng = np.random.default_rng(seed)
     chosen: list[int] = []
     shares = {"val": num_clips // 4, "test": num_clips // 4}

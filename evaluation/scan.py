@@ -272,7 +272,7 @@ def _fault(clip: Clip, part: Part) -> str:
         return f"has frames of {found}, where metadata.json says {part.frame_shape}"
     if (part.num_actions or part.columns) and clip.actions_T is None:
         return "has no actions, where metadata.json names some"
-    if clip.actions_T is not None and part.columns and clip.actions_T.shape[1:] != (len(part.columns),):
+    if clip.actions_T is not None and clip.actions_T.shape[1:] != ((len(part.columns),) if part.columns else ()):
         return f"has actions of {clip.actions_T.shape[1:]}, where metadata.json names {len(part.columns)} columns"
     return ""
 

@@ -309,7 +309,8 @@ class Flow(Dynamics):
           first: Number of the first given frame.
         """
         _, T, N, P = values_BTNP.shape
-        noise = lambda t: jax.random.normal(jax.random.fold_in(jax.random.key(0), t), (N, P))
+        root = jax.random.fold_in(jax.random.key(0), 2**31 - 1)  # apart from the noise that frames begin with
+        noise = lambda t: jax.random.normal(jax.random.fold_in(root, t), (N, P))
         return values_BTNP + 2.0 * self.cfg.context_noise * jax.vmap(noise)(first + jnp.arange(T))
 
 

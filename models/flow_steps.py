@@ -62,7 +62,8 @@ def draw_steps(cfg: FlowConfig, key: jax.Array, num_clips: int, frames_TNP: tupl
     halved = order_BTm1[:, :count], at_BX / steps_BX, 1.0 / steps_BX
     untold_BTm1 = None
     if cfg.action_dropout:
-        untold_BTm1 = jax.random.bernoulli(jax.random.fold_in(key, 1), cfg.action_dropout, (B, T - 1))
+        apart = jax.random.fold_in(key, 9)  # a key beyond the nine; other draws are as they are without this one
+        untold_BTm1 = jax.random.bernoulli(apart, cfg.action_dropout, (B, T - 1))
     return Drawn(context_BTNP, own_BT, start_BTm1NP, level_BTm1, size_BTm1, *halved, untold_BTm1=untold_BTm1)
 
 

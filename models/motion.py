@@ -122,7 +122,7 @@ class MotionHead(nnx.Module):
         pictures = moved_patches(source_BTHWC, moves, self.patch_size)
         pictures = jnp.concatenate([pictures, (own_BTNP + 0.5)[:, :, None]], axis=2)
         pictures = pictures.reshape(B, T, WAYS + 1, N, self.patch_size**2, -1)
-        patches = jnp.einsum("btvnpc,btnpv->btnpc", pictures, choice)
+        patches = jnp.einsum("btvnpc,btnpv->btnpc", pictures, choice, precision=jax.lax.Precision.HIGHEST)
         return unpatchify(patches.reshape(B, T, N, -1), self.patch_size, self.frame_shape)
 
 
@@ -147,7 +147,9 @@ def moved_patches(source_BTHWC: jax.Array, moves_BTNX: jax.Array, patch_size: in
     onto = np.zeros((shifts, p, (2 * beside + 1) * p), np.float32)
     for shift in range(shifts):
         onto[shift, np.arange(p), place[:, shift]] = 1.0
-    by_axis = jnp.einsum("btnvad,dps->abtvnps", moves_BTNX, onto).reshape(2, B, T, ways, rows, cols, p, -1)
+    # Float32 in full: what is moved again and again must not lose its colours.
+    product = lambda subscripts, a, b: jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
+    by_axis = product("btnvad,dps->abtvnps", moves_BTNX, onto).reshape(2, B, T, ways, rows, cols, p, -1)
 
     def strips(lines_X: jax.Array, axis: int, count: int) -> jax.Array:
         """Cuts the last axis into patches, puts these at `axis`, and joins each with those beside it."""
@@ -157,8 +159,6 @@ def moved_patches(source_BTHWC: jax.Array, moves_BTNX: jax.Array, patch_size: in
         parts = [jax.lax.slice_in_dim(cut, i, i + count, axis=axis) for i in range(2 * beside + 1)]
         return jnp.concatenate(parts, axis=-1)
 
-    # Float32 in full: what is moved again and again must not lose its colours.
-    product = lambda subscripts, a, b: jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
     full = jnp.pad(source_BTHWC, ((0, 0), (0, 0), (0, -H % p), (0, -W % p), (0, 0)), mode="edge")
     lines = full.reshape(B, T, rows, p, cols * p, C).transpose(0, 1, 2, 3, 5, 4).reshape(B, T, rows, p * C, cols * p)
     x = product("btyxqs,btvyxps->btvyxpq", strips(lines, 3, cols), by_axis[0])  # q: pixels of a column, and channels

@@ -10,7 +10,7 @@ Names carry shapes as suffixes, in one alphabet for the whole project:
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class Compute:
     quant: Literal["none", "int8"] = "none"
     """Take the products of the blocks' dense layers in int8, forward and backward; all else stays as it is."""
 
-    def settled(self) -> "Compute":
+    def settled(self) -> Self:
         """With a dtype in the place of auto, and no checkpointing in the place of auto."""
         on_cpu = self.target == "cpu"
         dtype = self.dtype if self.dtype != "auto" else "float32" if on_cpu else "bfloat16"

@@ -216,6 +216,10 @@ class Tokenizer(nnx.Module):
         """What dynamics models learn to predict: tokens, or latents where there are none."""
         return (self.encode_latents if self.cfg.kind == "mae" else self.encode)(frames_BTHWC, last_BTHWC)
 
+    def uncode(self, coded_BTNX: jax.Array) -> Decoded:
+        """Frames from these alone: `decode` or `decode_latents`."""
+        return (self.decode_latents if self.cfg.kind == "mae" else self.decode)(coded_BTNX)
+
     def _encode(self, frames_BTHWC: jax.Array, last_BTHWC: jax.Array | None) -> Quantized | Squashed:
         if last_BTHWC is None or not self.cfg.closed_loop:
             last_BTHWC = frames_before(frames_BTHWC)

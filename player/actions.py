@@ -41,39 +41,45 @@ def spoken(action: int | np.ndarray, columns: Sequence[ActionColumn] = ()) -> st
     return ", ".join(said) or "nothing"
 
 
+def _still(action: ActionLabel, idle: str | None) -> tuple[bool, bool]:
+    """Whether an action was measured to do nothing, and whether it is called so, which counts less."""
+    names = ("NONE", "NOOP", "NO-OP") if idle is None else (idle.upper(),)
+    return action.name == STAY, action.name.upper() in names
+
+
 def idle_action(actions: list[ActionLabel], idle: str | None = None) -> int:
     """The action to take while no key is held: the one that does nothing, by its label, else the most frequent.
 
     Args:
       idle: What doing nothing is called in the dataset; None goes by what it is usually called.
     """
-    names = ("NONE", "NOOP", "NO-OP") if idle is None else (idle.upper(),)
-    # What was measured to do nothing counts more than what is called so.
-    still = [(action.name == STAY, action.name.upper() in names) for action in actions]
-    return max(range(len(actions)), key=lambda i: (*still[i], actions[i].count))
+    return max(range(len(actions)), key=lambda i: (*_still(actions[i], idle), actions[i].count))
 
 
-def _way(name: str) -> str:
-    """The name without speed and number."""
-    return re.sub(r"(, (SLOW|FAST)| \d+)$", "", name.upper())
+def _way(name: str) -> list[str]:
+    """The words of a name in alphabetical order, without speed and number: "up, right, fast" is RIGHT+UP."""
+    words = re.split(r"[^A-Z0-9]+", name.upper())
+    return sorted(word for word in words if word and word not in ("SLOW", "FAST") and not word.isdigit())
 
 
 def _similar(name: str, theirs: Sequence[ActionLabel]) -> list[int]:
     """Those of the same name; else of the same direction at any speed. None have no name."""
     same = [i for i, other in enumerate(theirs) if name and other.name.upper() == name.upper()]
-    return same or [i for i, other in enumerate(theirs) if name and _way(other.name) == _way(name)]
+    return same or [i for i, other in enumerate(theirs) if _way(name) and _way(other.name) == _way(name)]
 
 
 def matching_actions(ours: list[ActionLabel], theirs: list[ActionLabel], idle: str | None = None) -> list[int]:
     """For each of our actions the one of another world that does the same; `idle` is what doing nothing is called.
 
     Codes of two latent action models have nothing to do with each other, so names decide where both know them: the
-    same index if it has the name, else the most frequent of that name, or of that direction at another speed. Else the
-    index decides.
+    same index if it has the name, else the most frequent of that name, or of that direction at another speed; and what
+    does nothing here stands for what does nothing there. Else the index decides.
     """
     found = []
     for i, action in enumerate(ours):
         same = _similar(action.name, theirs)
+        if not same and any(_still(action, idle)):
+            same = [idle_action(theirs, idle)]
         if i in same or (not same and i < len(theirs)):
             found.append(i)
         else:

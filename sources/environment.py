@@ -89,6 +89,12 @@ class RecordingOptions:
         self.expect("planner_rollouts", self.planner_rollouts >= 1, "at least 1")
         self.expect("planner_explore", 0 <= self.planner_explore < 1, "0 or more and less than 1")
         self.expect("learner", not self.learner or self.policy == "walker", "none but with --policy walker")
+        looks, defaults = self.policy in ("planner", "walker"), RecordingOptions()
+        explores = looks or self.planner_explore == defaults.planner_explore
+        self.expect("planner_explore", explores, "nothing but with --policy planner or walker")
+        rolls = self.policy == "planner" or self.planner_rollouts == defaults.planner_rollouts
+        self.expect("planner_rollouts", rolls, "nothing but with --policy planner")
+        self.expect("action_weights", self.policy != "uniform" or not self.action_weights, "none with --policy uniform")
         self.expect("only_solved", not (self.only_solved and self.learner), "False with a `learner`")
 
     def expect(self, name: str, ok: bool, expected: str) -> None:
@@ -97,7 +103,7 @@ class RecordingOptions:
             raise InputError(f"`{name}` {getattr(self, name)}: expected {expected}")
 
 
-PLANNER_OPTIONS = ("planner_rollouts", "planner_explore", "learner")
+PLANNER_OPTIONS = ("planner_rollouts", "planner_explore", "learner", "only_solved")
 PROCGEN_OPTIONS: tuple[str, ...] = (
     *("distribution_mode", "use_backgrounds", "restrict_themes", "use_monochrome_assets", "center_agent"),
     *("action_weights", *PLANNER_OPTIONS),
@@ -208,7 +214,8 @@ class Environment(ABC):
 
 def options_of(made_by: Mapping[str, Any]) -> RecordingOptions | None:
     """What a dataset was recorded with, by `Metadata.made_by`; None where it was not recorded from an environment."""
-    made_by = made_by.get("of", made_by)  # of the clips that were exported with a world
+    while "of" in made_by:  # as of clips that were exported with a world, and of those that repeat none
+        made_by = made_by["of"]
     config = made_by.get("config")
     if made_by.get("command") != "generate_dataset.py" or not isinstance(config, dict):
         return None

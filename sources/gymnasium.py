@@ -42,6 +42,7 @@ class Gymnasium(Environment):
 
     def __init__(self, id: str, options: RecordingOptions):
         self.id, self.name = id, f"gymnasium:{id}"
+        self._known_as = id.rpartition(":")[2]  # without its package
         self.frame_shape = (options.height, options.width, 3)
         options.expect("height", options.height >= 1, "at least 1 pixel")
         options.expect("width", options.width >= 1, "at least 1 pixel")
@@ -108,8 +109,8 @@ class Gymnasium(Environment):
         gymnasium = import_gymnasium(self.id)
         kwargs: dict[str, Any] = {}
         for prefix, values in NOT_STICKY.items():
-            kwargs |= values if self.id.startswith(prefix) else {}
-        if self.id.startswith("ALE/") and options.frame_skip:
+            kwargs |= values if self._known_as.startswith(prefix) else {}
+        if self._known_as.startswith("ALE/") and options.frame_skip:
             kwargs["frameskip"] = options.frame_skip
         kwargs |= {"render_mode": "rgb_array", "disable_env_checker": True} | read_kwargs(options.env_kwargs)
         try:
@@ -120,11 +121,11 @@ class Gymnasium(Environment):
 
     def steps(self, options: RecordingOptions) -> int:
         """The environment's steps in a time step."""
-        return 1 if self.id.startswith("ALE/") else options.frame_skip or 1  # Atari's skips by itself, faster
+        return 1 if self._known_as.startswith("ALE/") else options.frame_skip or 1  # Atari's skips by itself, faster
 
     def _rate(self, env: Any, options: RecordingOptions) -> float:
         """Frames per second."""
-        if self.id.startswith("ALE/"):
+        if self._known_as.startswith("ALE/"):
             skipped = env.spec.kwargs.get("frameskip", 4)
             return ATARI_FPS / (skipped if isinstance(skipped, int) else sum(skipped) / 2)
         return float(env.metadata.get("render_fps") or DEFAULT_FPS) / (options.frame_skip or 1)

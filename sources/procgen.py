@@ -107,7 +107,12 @@ class Procgen(Environment):
         import_procgen()
 
     def provenance(self, options: RecordingOptions) -> dict[str, Any]:
-        return {
+        learner = {}
+        if options.learner:
+            from models.stored import all_steps  # brings JAX, which others who record do without
+
+            learner = {"learner_steps": all_steps(options.learner)}  # a training that goes on is another player
+        return learner | {
             "level_seeds": {split: [first, first + options.num_levels] for split, first in FIRST_LEVEL.items()},
             "versions": {"procgen-mirror": import_procgen().__version__.strip(), "numpy": np.__version__},
         }

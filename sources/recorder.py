@@ -89,7 +89,7 @@ class Recorder:
         shares = {"val": val_fraction, "test": test_fraction}
         self._every = {split: round(1 / share) for split, share in shares.items() if share}
         self._frame_shape: tuple[int, int, int] | None = None
-        self._num_episodes = 0
+        self._num_episodes = self._num_kept = 0  # all, and those of which there are clips
         self._outcomes = Outcomes()
         self._closed = False
         self._waiting: dict[str, list[Clip]] = {split: [] for split in SPLITS}  # clips that are in no file yet
@@ -144,6 +144,7 @@ class Recorder:
         if _size(self._waiting[self._split]) >= SHARD_BYTES:
             self._write(self._split)
         self._num_episodes += 1
+        self._num_kept += self._cuts > 0
         self._begin()
 
     def close(self) -> None:
@@ -190,16 +191,17 @@ class Recorder:
     def _begin(self) -> None:
         """Starts an episode."""
         self._steps: list[Step] = []  # of the clip before, to reach back to, and those that are in no clip yet
-        self._new = self._time = 0
+        self._new = self._time = self._cuts = 0
         self._rewards = 0.0
         self._clips: list[Clip] = []
         self._split = "train"
         for split, offset in (("test", 2), ("val", 1)):
-            if split in self._every and self._num_episodes % self._every[split] == offset:
+            if split in self._every and self._num_kept % self._every[split] == offset:
                 self._split = split
 
     def _cut(self) -> None:
         """Makes a clip of the last steps."""
+        self._cuts += 1
         self._steps = self._steps[-self._clip_length :]
         frames, actions, rewards, terminated, truncated = zip(*self._steps, strict=True)
         actions_T = np.array(actions, self._dtype) if self.action_names or self._columns else None

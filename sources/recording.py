@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import sys
@@ -27,8 +28,8 @@ from sources.environment import EPISODE_STEPS, Environment, Recording, Recording
 from sources.levels import Outcomes, clips_of, outcomes_of, total
 from utils.records import FORMAT_VERSION, SPLITS, Clip, Metadata, Shard, write_metadata, write_shard
 
-RECORDER_VERSION = 4  # changes where the same seed gives other bytes: a run is not continued by another recorder
-MAX_EPISODES_PER_SHARD = 16  # of CoinRun about 14 MB on disk, 0.2 GB in memory while it is made
+RECORDER_VERSION = 5  # changes where the same seed gives other bytes: a run is not continued by another recorder
+SHARD_BYTES = 16 * EPISODE_STEPS * 64 * 64 * 3  # of frames: 0.2 GB in memory while it is made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def record(
     options.check()
     environment.check(options)
     made_by = _made_by(environment, options)
-    tasks = plan(options)
+    tasks = plan(options, math.prod(environment.frame_shape))
     folder = Path(folder)
     with _unfinished(folder, environment, made_by) as unfinished:
         done = {task: noted for task in tasks if (noted := _finished_shard(folder, unfinished, task))}
@@ -83,6 +84,12 @@ def record(
             make = functools.partial(_make_shard, environment, options, folder, Path(scratch))
             with workers.running(make, missing, num_workers) as made:
                 done |= _with_progress(made, missing, num_reused, options.num_episodes)
+        if not any(made.shard.lengths for made in done.values()):
+            kind = "solved level" if options.only_solved else "level"
+            raise InputError(
+                f"`min_clip_length` {options.min_clip_length}: no {kind} of {environment.name} was as long; delete "
+                f"{folder}, and play otherwise"
+            )
         levels = total(done[task].outcomes for task in tasks)
         metadata = Metadata(
             environment=environment.name,
@@ -100,8 +107,9 @@ def record(
     return metadata, num_reused
 
 
-def plan(options: RecordingOptions) -> list[Task]:
+def plan(options: RecordingOptions, frame_bytes: int) -> list[Task]:
     """Divides the episodes among splits and shards; training first, since it has the largest shards."""
+    most = max(SHARD_BYTES // (EPISODE_STEPS * frame_bytes), 1)
     held_out = {"val": options.val_fraction, "test": options.test_fraction}
     num_episodes = {
         split: max(round(share * options.num_episodes), 1) if share and options.num_episodes >= 3 else 0
@@ -111,7 +119,7 @@ def plan(options: RecordingOptions) -> list[Task]:
     tasks = []
     for split, count in num_episodes.items():
         # Small datasets also come in several shards, so that several cores have work.
-        size = min(MAX_EPISODES_PER_SHARD, -(-count // 8)) or 1
+        size = min(most, -(-count // 8)) or 1
         tasks += [Task(split, start // size, min(size, count - start)) for start in range(0, count, size)]
     return tasks
 

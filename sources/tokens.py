@@ -15,7 +15,7 @@ from models.errors import InputError
 from models.genie import fingerprint, load_lam, load_tokenizer
 from models.lam import LAM
 from models.tokenizer import Tokenizer
-from utils.data import ClipSource, filled
+from utils.data import ClipSource, filled, longest_clip
 from utils.records import SPLITS, Clip, Shard, TokenInfo, read_metadata, write_metadata, write_shard
 
 SHARD_CLIPS = 8192
@@ -38,7 +38,8 @@ class TokenOptions:
     seq_len: int = 16
     """Frames in a clip, the --seq_len of the training to come: tokens depend on the frames before them in the clip."""
     stride: int = 0
-    """Frames from the start of a clip to that of the next; 0: --seq_len, so that each frame occurs once."""
+    """Frames from the start of a clip to that of the next; 0: --seq_len. The last one ends where its clip does, where
+    levels end."""
     batch_size: int = 32
     """Clips encoded at a time."""
     pad_short: bool = False
@@ -56,7 +57,8 @@ def windows(source: ClipSource, stride: int) -> Iterator[Clip]:
     for first in range(0, len(source), 64):
         for clip in source.clips(range(first, min(first + 64, len(source)))):
             assert clip.frames_THWC is not None
-            for start in range(0, max(len(clip) - T, 0) + 1, stride):
+            last = max(len(clip) - T, 0)
+            for start in dict.fromkeys((*range(0, last, stride), last)):
                 cut = slice(start, start + T)
                 yield Clip(
                     frames_THWC=clip.frames_THWC[cut],
@@ -90,13 +92,15 @@ def write_tokens(options: TokenOptions) -> None:
     more = tokenizer.cfg.motion_reach or tokenizer.cfg.kind == "mae"
     shard_clips = SHARD_CLIPS_OF_MORE if more else SHARD_CLIPS
 
+    shortest, sources = 2 if options.pad_short else options.seq_len, {}
+    for split in filter(metadata.splits.get, SPLITS):
+        if split == "test" and longest_clip(options.data_dir, split) < shortest:  # trainings do without
+            print(f"note: no clip of {options.data_dir}/{split} has {shortest} frames; it is left out")
+        else:
+            sources[split] = ClipSource(options.data_dir, split, options.seq_len, shortest=shortest)
     splits: dict[str, tuple[Shard, ...]] = {}
     with tqdm(unit=" clips", disable=None) as progress:
-        for split in SPLITS:
-            if not metadata.splits.get(split):
-                continue
-            shortest = 2 if options.pad_short else options.seq_len
-            source = ClipSource(options.data_dir, split, options.seq_len, shortest=shortest)
+        for split, source in sources.items():
             remaining = windows(source, options.stride or options.seq_len)
             shards: list[Shard] = []
             done: list[Clip] = []

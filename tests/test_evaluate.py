@@ -478,6 +478,8 @@ def test_charts_survive_odd_values():
     assert "<use" in point  # a dot, where a line has no length
     assert "<use" not in line
     assert "unknown" not in point
+    many = chart_svg(Chart("many", "x", [Line(str(i), [3, 4], [2.0, i]) for i in range(8)]))
+    assert many.count("stroke-dasharray") == 2 * 2  # the two lines beyond the colours, there and in the legend
     assert "$5 < 6$" in html.unescape(chart_svg(Chart("$5 < 6$", "x", [Line("a", [3], [2.0])])))
 
 
@@ -573,6 +575,10 @@ def test_the_difference_that_is_tested_is_the_one_shown():
     assert shown < 0
     assert f"{shown:+.4f}" in rows["rollout_psnr"]
     assert "+2.05" in rows["rollout_psnr_mean"]
+    assert "~" not in "".join(rows.values())
+    del b["per_clip"]["rollout_ssim"]
+    alone = [line for line in comparison(a, b).splitlines() if line.endswith("~")]
+    assert [line.split()[0] for line in alone] == ["rollout_ssim"]  # which cannot be compared clip by clip
 
 
 def test_a_lam_is_measured_also_without_true_actions(trained, dataset, tmp_path):

@@ -18,7 +18,7 @@ from models import flops
 from models.dynamics import DynamicsConfig, Seen, actions_to
 from models.errors import InputError
 from models.flow import Flow, Task, to_values
-from models.flow_steps import edge_error, mixed, towards
+from models.flow_steps import draw_steps, edge_error, mixed, towards
 from models.genie import World, WorldConfig, load_world
 from models.kernels import KV
 from models.lam import LAM, LAMConfig
@@ -190,6 +190,10 @@ def test_guidance_goes_on_from_what_is_likely_without_the_action():
 
 
 def test_the_head_learns_without_some_actions():
+    drawn = draw_steps(dataclasses.replace(CFG, action_dropout=0.5), jax.random.key(0), 64, (40, 1, 1))
+    own_BTm1 = drawn.own_BT[:, 1:-1]
+    for untold in (drawn.untold_BTm1[:, 1:], drawn.untold_BTm1[:, :-1]):
+        assert abs(float(own_BTm1[untold[:, : own_BTm1.shape[1]]].mean()) - float(own_BTm1.mean())) < 0.03
     cfg = dataclasses.replace(CFG, action_dropout=0.25)
     plain, drawn = Flow.draw(CFG, KEY, 60, 16), Flow.draw(cfg, KEY, 60, 16)
     assert 0.2 < jnp.mean(drawn.untold_BTm1) < 0.3

@@ -20,7 +20,7 @@ import pytest
 from generate_dataset import Config, main
 from models.errors import InputError
 from sources import recording
-from sources.environment import Environment, Recording, RecordingOptions
+from sources.environment import Environment, Recording, RecordingOptions, options_of
 from sources.levels import cut
 from sources.policies import choose_actions
 from sources.procgen import ACTION_NAMES, COINRUN_WEIGHTS, FIRST_LEVEL, Procgen
@@ -180,7 +180,7 @@ def test_seed_split_and_shard_each_change_what_is_played():
 
 @pytest.mark.parametrize("num_episodes", [1, 2, 3, 4, 24, 64, 1000, 10_000])
 def test_plan(num_episodes):
-    tasks = plan(Config(num_episodes=num_episodes))
+    tasks = plan(Config(num_episodes=num_episodes), 64 * 64 * 3)
     in_split = {split: sum(task.num_episodes for task in tasks if task.split == split) for split in SPLITS}
     assert sum(in_split.values()) == num_episodes
     assert all(1 <= task.num_episodes <= 16 for task in tasks)
@@ -191,6 +191,10 @@ def test_plan(num_episodes):
     if num_episodes >= 24:
         assert in_split["train"] >= 0.9 * num_episodes
         assert max(task.num_episodes for task in tasks) <= num_episodes / 8
+    for side, most in ((128, 4), (256, 1), (1024, 1)):  # of larger frames fewer fit the same memory
+        sizes = [task.num_episodes for task in plan(Config(num_episodes=num_episodes), side * side * 3)]
+        assert sum(sizes) == num_episodes
+        assert max(sizes) <= most
 
 
 # The dataset on disk
@@ -446,10 +450,27 @@ def test_an_environment_refuses_options_and_policies_that_it_has_not(tmp_path):
     for changes, message in (
         ({"center_agent": False}, "`center_agent` False: expected nothing: counting has no such option"),
         ({"policy": "planner"}, "`policy` planner: expected uniform or sticky for counting"),
+        ({"only_solved": True}, "`only_solved` True: expected nothing: counting has no such option"),
+        ({"planner_explore": 0.3}, "`planner_explore` 0.3: expected nothing but with --policy planner or walker"),
+        ({"policy": "sticky", "planner_rollouts": 9}, "`planner_rollouts` 9: expected nothing but with"),
+        ({"action_weights": ("UP=1",)}, r"`action_weights` .*: expected none with --policy uniform"),
     ):
         with pytest.raises(InputError, match=message):
             record(Counting(), RecordingOptions(num_episodes=3, **changes), tmp_path / "new", num_workers=0)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_recording_without_clips_is_no_dataset(tmp_path):
+    options = RecordingOptions(num_episodes=3, clip_length=1000, min_clip_length=1000)
+    with pytest.raises(InputError, match="no level of counting was as long"):
+        record(Counting(), options, tmp_path / "new", num_workers=0)
+    assert not (tmp_path / "new" / "metadata.json").exists()
+
+
+def test_what_a_dataset_of_a_dataset_was_recorded_with():
+    made_by = {"command": "generate_dataset.py", "config": {"seed": 7}}
+    assert options_of({"of": {"of": made_by}}).seed == options_of(made_by).seed == 7
+    assert options_of({"of": {"command": "sources.Recorder"}}) is None
 
 
 def test_the_folder_is_named_after_the_environment(tmp_path, monkeypatch, capsys):

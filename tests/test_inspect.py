@@ -11,6 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 import inspect_dataset
 from evaluation.duplicates import find_duplicates, perceptual_hashes, seen_elsewhere
+from evaluation.fixes import with_val
 from evaluation.inspection import remarks, summarise
 from evaluation.inspection_page import film, sections
 from evaluation.page import html
@@ -95,6 +96,16 @@ def test_clips_that_differ_by_a_small_figure_are_not_the_same(tmp_path):
     shard = write_shard(tmp_path, "train/0.array_record", [clip, renamed(clip, "b", frames_THWC=frames)])
     write_metadata(tmp_path, dataclasses.replace(metadata, splits={"train": (shard,)}))
     assert not find_duplicates(scanned(tmp_path)[1]).repeats().any()
+
+
+def test_what_resembles_a_repeat_alone_is_kept(tmp_path):
+    """Of clips that become brighter, step by step, the first is like the second, and not like the third."""
+    clip = make_clip(0, 9)
+    dark = clip.frames_THWC // 2
+    lit = lambda by: renamed(clip, f"lit {by}", frames_THWC=dark + np.uint8(by))
+    scan = scanned(write(tmp_path, train=[[lit(by) for by in (0, 4, 8, 12)]]))[1]
+    repeats = find_duplicates(scan).repeats()
+    assert {scan.clip_ids[i] for i in np.flatnonzero(repeats)} == {"lit 4", "lit 12"}
 
 
 def test_among_many_that_share_a_picture_repeats_are_found(tmp_path):
@@ -272,6 +283,18 @@ def test_of_a_single_video_the_end_is_held_out(tmp_path, capsys):
     val = ClipSource(tmp_path / "out" / "dataset", "val", 9)
     assert [clip.clip_id for clip in val.clips(range(len(val)))] == [f"video/{160 * 11:06d}"]
     assert len(ClipSource(tmp_path / "out" / "dataset", "train", 9)) == 11
+    assert not (tmp_path / "out" / "dataset.partial").exists()
+    with pytest.raises(InputError, match="dataset: is not empty"):
+        inspect_dataset.main(Config(str(folder), str(tmp_path / "out"), "val", num_workers=0))
+
+
+def test_what_is_held_out_shares_no_frame_with_a_clip_that_reaches_back(tmp_path):
+    """A level of 33 frames makes clips of 9 from frames 0, 9, 18 and 24 on."""
+    whole = make_clip(0, 33).frames_THWC
+    clips = [renamed(make_clip(0, 9), f"level/{t:03d}", frames_THWC=whole[t : t + 9]) for t in (0, 9, 18, 24)]
+    scan = scanned(write(tmp_path, train=[clips]))[1]
+    assert [place.record for place, split in with_val(scan).items() if split == "val"] == [3]
+    assert [place.record for place, split in with_val(scan).items() if split == "train"] == [0, 1]
 
 
 def test_columns_of_actions_are_counted_and_shown(tmp_path):

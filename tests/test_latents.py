@@ -16,12 +16,12 @@ import train_tokenizer
 from models import flops
 from models.dynamics import DynamicsConfig
 from models.errors import InputError
-from models.genie import WorldConfig, load_tokenizer
+from models.genie import World, WorldConfig, load_tokenizer, sized
 from models.latents import Bottleneck
 from models.nn import Compute, Past
 from models.tokenizer import Tokenizer, TokenizerConfig
 from sources.tokens import TokenOptions, write_tokens
-from tests.conftest import CACHE, SMALL, script
+from tests.conftest import CACHE, FRAME, SMALL, script
 from utils.action_source import TrueActions
 from utils.data import Batch, ClipSource
 from utils.parts import world_config
@@ -187,6 +187,14 @@ def test_stored_latents_are_those_of_the_frames_and_not_for_tokens(trained, data
     np.testing.assert_allclose(batch.latents_BTNL, anew, rtol=2**-10, atol=2e-3)
     [first] = frames.clips([0])
     np.testing.assert_array_equal(batch.frames_BTHWC[0], first.frames_THWC[:6])
+    size = DynamicsConfig(width=16, num_heads=2, num_blocks=1, kind="flow", space="latents", num_actions=2)
+    world_cfg = WorldConfig(tokenizer.cfg, None, sized(size, tokenizer.cfg, FRAME), window=6)
+    world = World(world_cfg, Compute(), nnx.Rngs(0))
+    nnx.update(world.tokenizer, nnx.state(tokenizer))
+    for given in (batch, batch._replace(frames_BTHWC=None)):  # as where a tokenizer's pictures do not move
+        coded, shown, _ = train_dynamics.see(world, given, None)
+        np.testing.assert_array_equal(coded, batch.latents_BTNL)
+    np.testing.assert_allclose(shown, jnp.clip(tokenizer.decode_latents(coded).frames_BTHWC, 0, 1), atol=1e-5)
     cfg = train_dynamics.Config(
         tokenizer_checkpoint=str(folder), data_dir=str(tmp_path / "latents"), use_gt_actions=True, seq_len=6
     )

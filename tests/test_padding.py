@@ -185,15 +185,16 @@ def test_tokens_of_a_short_clip_are_its_own(tmp_path):
     )
     clips = list(windows(ClipSource(frames, "train", 6, shortest=2), 6))
     made = _encoder(tokenizer, lam, 4, 6)(clips)
-    assert [len(clip) for clip in made] == [6, 6, 3]
-    short = clips[2].frames_THWC[None] / 255
-    np.testing.assert_array_equal(made[2].tokens_TN, tokenizer.encode(short)[0])
-    np.testing.assert_array_equal(made[2].latent_actions_T[:2], lam.infer(short)[0])
+    assert [len(clip) for clip in made] == [6, 6, 6, 3]
+    assert [clip.clip_id.split("@")[1] for clip in made] == ["0", "3", "0", "0"]  # the last one ends with its clip
+    short = clips[3].frames_THWC[None] / 255
+    np.testing.assert_array_equal(made[3].tokens_TN, tokenizer.encode(short)[0])
+    np.testing.assert_array_equal(made[3].latent_actions_T[:2], lam.infer(short)[0])
     shard = write_shard(tmp_path / "tokens", "train/0.array_record", made)
     tokens = TokenInfo("a", "b", 6, str(frames))
     write_metadata(tmp_path / "tokens", Metadata("squares", FRAME, 10.0, None, {"train": (shard,)}, {}, tokens))
-    assert len(ClipSource(tmp_path / "tokens", "train", 6, tokens_too=True)) == 2
-    batch = ClipSource(tmp_path / "tokens", "train", 6, tokens_too=True, shortest=2).windows(range(3), [0.0] * 3)
-    assert batch.weight_BT.sum(axis=1).tolist() == [6, 6, 3]
-    np.testing.assert_array_equal(batch.tokens_BTN[2, :3], made[2].tokens_TN)
+    assert len(ClipSource(tmp_path / "tokens", "train", 6, tokens_too=True)) == 3
+    batch = ClipSource(tmp_path / "tokens", "train", 6, tokens_too=True, shortest=2).windows(range(4), [0.0] * 4)
+    assert batch.weight_BT.sum(axis=1).tolist() == [6, 6, 6, 3]
+    np.testing.assert_array_equal(batch.tokens_BTN[3, :3], made[3].tokens_TN)
     assert TokenOptions().pad_short is False

@@ -569,6 +569,9 @@ def test_labels_say_what_actions_do(tmp_path, capsys):
     # What was measured to do nothing is idle, whatever the dataset calls that and however rarely it occurs.
     measured = [Action("right, fast", 0.5, 90, "RIGHT"), Action("stay 2", 0.4, 9, "NONE"), Action("stay", 0.4, 3, "UP")]
     assert idle_action(measured, "NONE") == 2
+    keys, ways = [Action("RIGHT+UP"), Action("NONE"), Action("LEFT+DOWN")], [Action("stay"), Action("down, left, fast")]
+    assert matching_actions(keys, [*ways, Action("up, right")]) == [2, 0, 1]
+    assert matching_actions([*ways, Action("up, right")], keys) == [1, 2, 0]
     speeds = [Action("left"), Action("right, slow", count=3), Action("right", count=2), Action("stay")]
     assert matching_actions([Action("RIGHT"), *measured, Action("left, fast")], speeds) == [2, 1, 3, 3, 0]
     # A label file that does not fit is said to be so, and left aside.
@@ -685,11 +688,12 @@ class Browser:
         return value
 
     async def key(self, key: str, down: bool = True, up: bool = True) -> None:
-        params = {"key": key, "text": key} if len(key) == 1 else {"key": key}
+        code = f"Digit{key}" if key.isdigit() else f"Key{key.upper()}" if key.isalpha() and len(key) == 1 else key
+        params = {"key": key, "code": code} | ({"text": key} if len(key) == 1 else {})
         if down:
             await self.call("Input.dispatchKeyEvent", type="keyDown", **params)
         if up:
-            await self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+            await self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=code)
 
     async def screenshot(self, file: Path, width: int, height: int) -> None:
         mobile = width < 600

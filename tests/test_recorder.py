@@ -131,6 +131,9 @@ def test_many_episodes_are_divided(tmp_path):
         for split in ("val", "test")
     }
     assert first == {"val": [1, 11, 21, 31, 41, 51], "test": [2, 52]}
+    with Recorder(tmp_path / "short", ("A", "B", "C"), clip_length=4, min_clip_length=4, val_fraction=0.1) as mine:
+        play(mine, [4, 2, 3, 4, 4])  # of two episodes there is no clip: the next ones take their turns
+    assert [len(clips_of(tmp_path / "short", split)) for split in ("train", "val", "test")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

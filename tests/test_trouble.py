@@ -1,6 +1,8 @@
 """What goes wrong around a training, on disks, clusters and other people's machines: told in a line, and no worse."""
 
+import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -174,6 +176,22 @@ def test_a_holder_on_another_host_is_known_by_its_beat(tmp_path, monkeypatch, li
     first.released.set()
 
 
+@pytest.mark.parametrize("lives", [True, False])
+def test_without_locks_the_beat_tells(tmp_path, monkeypatch, lives):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(lock, "BEAT_S", 0.2)
+    monkeypatch.setattr(lock, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    first = FolderLock(tmp_path)
+    if not lives:
+        first.released.set()
+    with pytest.raises(InputError, match="is training here") if lives else contextlib.nullcontext():
+        FolderLock(tmp_path).release()
+    first.released.set()
+
+
 # Many files, little shared memory.
 
 
@@ -206,7 +224,7 @@ def test_the_limit_of_open_files_is_raised(monkeypatch):
 
 def test_workers_need_shared_memory(dataset, monkeypatch):
     source = ClipSource(dataset, "train", 6)
-    needed = 8 * 6 * 16 * 16 * 3 * 2 * 3  # clips, frames, bytes of each, workers, batches of each
+    needed = 8 * 6 * (16 * 16 * 3 + 4) * 2 * 3  # clips, frames, bytes of each and its action, workers, batches of each
     monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     check_shared_memory(source, 8, 2)
     monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))

@@ -1,7 +1,6 @@
 """The loader: from a dataset of clips (`utils/records.py`) to batches on the devices."""
 
 import copy
-import math
 import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -42,6 +41,12 @@ class Batch(NamedTuple):
     ends_BT: Any = None
     latents_BTNL: Any = None
     weight_BT: Any = None
+
+    def coded(self) -> Any:
+        """What a token dataset holds, as `models.tokenizer.Tokenizer.code` makes it; None of a dataset of frames."""
+        if self.latents_BTNL is not None:
+            return self.latents_BTNL.astype(np.float32)
+        return None if self.tokens_BTN is None else self.tokens_BTN.astype(np.int32)
 
 
 class Source(Protocol):
@@ -322,8 +327,9 @@ def check_shared_memory(source: Source, batch_size: int, num_workers: int) -> No
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return
-    frames = batch_size * source.seq_len * math.prod(source.metadata.frame_shape)
-    needed = frames * num_workers * (BATCHES_PER_WORKER + 1)  # and one that is being used
+    one = source.windows([0], [0.0])  # of a token dataset it may have no frames
+    size = batch_size * sum(array.nbytes for array in one if array is not None)
+    needed = size * num_workers * (BATCHES_PER_WORKER + 1)  # and one that is being used
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
@@ -333,5 +339,7 @@ def check_shared_memory(source: Source, batch_size: int, num_workers: int) -> No
 
 
 def _ignore_interrupts(worker: int, workers: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the training itself ends its workers, after it has saved."""
+    """Ctrl-C reaches all processes of a terminal, and Slurm's SIGTERM all of a task; the training itself ends its
+    workers, after it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -15,7 +15,7 @@ from models.policy import Agent
 MAY_DIFFER = {
     *("num_actions", "num_codes"),  # what depends on these is new
     *("codebook_decay", "reset_after", "unquantized_steps", "mask_rates", "picture_noise", "max_hidden"),  # of training
-    *("flow_steps", "context_noise", "own_frames", "edge_weight", "action_dropout"),  # alone
+    *("picture_blur", "flow_steps", "context_noise", "own_frames", "edge_weight", "action_dropout"),  # alone
 }
 """Fields in which a model may differ from the one that it begins with."""
 

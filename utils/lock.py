@@ -1,6 +1,7 @@
 """One training in a folder at a time."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -14,13 +15,15 @@ from models.errors import InputError
 
 BEAT_S = 10.0  # how often a training shows that it lives
 PATIENCE_S = 25.0  # how long to watch for that
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as on Lustre that is mounted without them
 
 
 class FolderLock:
     """Holds a folder, until it is released or its process ends, however that happens.
 
     The lock is the operating system's, on `<folder>/.lock`, which a dead process gives back by itself. Some network
-    file systems keep such locks within one host: a holder elsewhere is known by the file's time, which it renews.
+    file systems keep such locks within one host, or have none: then a holder is known by the file's time, which it
+    renews.
 
     Raises:
       InputError: Another process has the folder; the message names it.
@@ -33,11 +36,16 @@ class FolderLock:
         holder = self._holder()
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
         except (BlockingIOError, PermissionError):
             os.close(self.file)
             raise self._taken(folder, holder) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            locked = False  # then the file's time alone tells
         here = {"host": socket.gethostname(), "pid": os.getpid()}
-        if holder and holder.get("host") != here["host"]:
+        if holder and (not locked or holder.get("host") != here["host"]):
             self._watch(folder, holder)
         os.ftruncate(self.file, 0)
         os.pwrite(self.file, json.dumps(here).encode(), 0)

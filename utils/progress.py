@@ -1,6 +1,7 @@
 """What a training tells of itself while it runs: its metrics one step late, its speed, its waits, a trace."""
 
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ import jax.numpy as jnp
 from models.errors import DivergenceError
 from utils.logging import Writers
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L4": 121e12, "V100": 125e12}
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "V100": 125e12,
+    "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+}
 """Dense 16-bit peak of a device by its vendor's datasheet, for the model FLOPs utilisation."""
 
 
@@ -44,7 +54,7 @@ class Speed:
     def __init__(self, batch_size: int, step_flops: float, dtype: str, waiting: Waiting):
         self.batch_size, self.step_flops, self.waiting = batch_size, step_flops, waiting
         kind = jax.devices()[0].device_kind
-        peaks = [peak for name, peak in PEAK_FLOPS.items() if name in kind]
+        peaks = [peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", kind)]
         self.peak = peaks[0] * jax.device_count() if peaks and dtype != "float32" else None
         self.since: tuple[int, float] | None = None
 
@@ -83,6 +93,11 @@ class Profiler:
             jax.profiler.start_trace(str(self.folder / "profile"))
             self.tracing = True
         elif self.tracing and steps_done >= 15:
+            self.close()
+
+    def close(self) -> None:
+        """Stops the trace of a run that ends before the fifteenth step."""
+        if self.tracing:
             jax.profiler.stop_trace()
             self.tracing = False
 

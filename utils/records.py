@@ -32,7 +32,10 @@ SPLITS = ("train", "val", "test")
 COINRUN_SAME_ACTIONS = dict.fromkeys("DAWSQE", "NONE")  # not DOWN, which falls through a crate
 COINRUN_IDLE_ACTION = "NONE"
 
-PER_FRAME = ("frames_THWC", "actions_T", "rewards_T", "tokens_TN", "latent_actions_T", "terminated_T", "truncated_T")
+PER_FRAME = (
+    *("frames_THWC", "actions_T", "rewards_T", "tokens_TN", "latents_TNL", "latent_actions_T"),
+    *("terminated_T", "truncated_T"),
+)
 """Fields of a clip that have a value for each frame."""
 _ACTION_DTYPES = ("<i4", "<f4")  # of discrete and of real actions
 _MADE_DTYPES = {"tokens": "<u2", "latents": "<f2"}  # of what a tokenizer makes

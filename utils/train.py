@@ -115,9 +115,11 @@ class TrainConfig(CheckpointConfig, OptimConfig, Compute):
 
     def __post_init__(self):
         counts = "num_steps", "batch_size", "windows_per_clip", "grad_accum"
-        for name in (*counts, "log_interval", "val_interval", "checkpoint_interval"):
+        for name in (*counts, "log_interval", "val_interval", "val_batches", "checkpoint_interval"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}` {getattr(self, name)}: must be at least 1")
+        if self.keep_best and not self.keep_best.startswith("val_"):
+            raise InputError(f"`keep_best` {self.keep_best}: must be a metric of validations, such as val_loss")
         if self.seq_len < 2:
             raise InputError(f"`seq_len` {self.seq_len}: must be at least 2 frames")
         if self.batch_per_device < 0:
@@ -197,8 +199,8 @@ def fit(
         validate = Validation(cfg, mesh, evaluate, val)
         writers = _writers(cfg, kind, folder, first_step, model_cfg) if is_main else Writers()
         stack.callback(writers.close)
-        waiting, profiler, stop = Waiting(), Profiler(cfg.profile, folder), StopOnSignal()
-        stack.callback(stop.restore)
+        waiting, stop, profiler = Waiting(), StopOnSignal(), Profiler(cfg.profile, folder)
+        stack.callback(lambda: (profiler.close(), stop.restore()))
         speed = Speed(cfg.batch_size, clip_flops * cfg.batch_size, cfg.dtype, waiting)
         reporter = Reporter(writers, speed, cfg.log_interval, cfg.num_steps)
         for step in range(first_step + 1, cfg.num_steps + 1):
