@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -236,6 +237,35 @@ def test_workers_leave_nothing_behind(dataset, tmp_path):
     done = script("train_tokenizer", *TOKENIZER, *flags(dataset, tmp_path), "--num_workers", 2)
     assert "leaked" not in done.stderr
     assert "resource_tracker" not in done.stderr
+
+
+WORKER = """
+import multiprocessing, os, time
+from utils import worker
+
+def work():
+    worker.begin_worker(0, 1)
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+process = multiprocessing.get_context("fork").Process(target=work)
+process.start()
+process.join()
+"""
+
+
+def test_a_worker_outlives_sigterm_and_not_its_training():
+    training = subprocess.Popen([sys.executable, "-c", WORKER], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = int(training.stdout.readline())
+    os.kill(worker, signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(worker, 0)  # is there
+    training.kill()
+    training.wait(10)
+    end = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 # Paths and caches.

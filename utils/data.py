@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +12,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from models.errors import InputError
 from utils.outcomes import ends_of, expect_outcomes, lacking
 from utils.records import Clip, Metadata, Shard, decode_clip, read_metadata
+from utils.worker import begin_worker
 
 BATCHES_PER_WORKER = 2  # that wait to be taken
 MAX_OPEN_SHARDS = 256  # files of a split that stay open; a system's limit is often 1024 for a process
@@ -305,7 +305,7 @@ def batches(
         check_shared_memory(source, len(mine), num_workers)
         absl.flags.FLAGS.mark_as_parsed()  # grain's workers read flags, and no one else parses them here
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=BATCHES_PER_WORKER)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=begin_worker)
     return _own(iter(dataset)) if num_workers else iter(dataset)
 
 
@@ -336,10 +336,3 @@ def check_shared_memory(source: Source, batch_size: int, num_workers: int) -> No
             f"`num_workers` {num_workers}: their batches need {needed / 2**20:.0f} MiB of shared memory, {folder} has "
             f"{free / 2**20:.0f} MiB; give the container more (docker run --shm-size), or use fewer workers"
         )
-
-
-def _ignore_interrupts(worker: int, workers: int) -> None:
-    """Ctrl-C reaches all processes of a terminal, and Slurm's SIGTERM all of a task; the training itself ends its
-    workers, after it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
