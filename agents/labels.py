@@ -160,8 +160,9 @@ def others(agent: Agent, source: ClipSource, seed: int) -> Steps:
 
 
 def in_windows(agent: Agent, checkpoint: str, data_dir: str = "") -> ClipSource:
-    """The clips that a policy learned from, or others, in windows as in its training, if one can look around a step."""
-    seq_len = max(read_config(checkpoint)["train"]["seq_len"], _first(agent) + 3)
+    """The clips that a policy learned from, or others, in windows as in its training, or, of latent actions, as long as
+    it takes to look around a step."""
+    seq_len = max(read_config(checkpoint)["train"]["seq_len"], _first(agent) + 3 if agent.lam else 0)
     return ClipSource(data_dir or data_of(checkpoint), "train", seq_len)
 
 

@@ -55,13 +55,15 @@ def find_duplicates(scan: Scan) -> Duplicates:
     keys_N3 = np.stack([scan.clip_digests_N, scan.action_digests_N, scan.lengths_N.astype(np.uint64)], axis=1)
     _, groups_N = np.unique(keys_N3, axis=0, return_inverse=True)
     exact_N = first_of(groups_N.reshape(N))
-    kept = np.flatnonzero(exact_N == np.arange(N))
     # In pairs, the one that is kept first: what repeats a clip that is left out itself may be unlike all that are kept.
-    near_N = np.arange(N)
-    pairs_P2 = np.sort(position_N[_confirmed(scan, _candidates(scan, kept))], axis=1)
-    for first, second in order_N[pairs_P2[np.lexsort((pairs_P2[:, 0], pairs_P2[:, 1]))]]:
-        if near_N[first] == first and near_N[second] == second:
-            near_N[second] = first
+    # Again and again, since among many that are alike not all are compared at once.
+    near_N, repeated_N, found = np.arange(N), np.zeros(N, bool), True
+    while found:
+        kept, found = np.flatnonzero((exact_N == np.arange(N)) & (near_N == np.arange(N))), False
+        pairs_P2 = np.sort(position_N[_confirmed(scan, _candidates(scan, kept))], axis=1)
+        for first, second in order_N[pairs_P2[np.lexsort((pairs_P2[:, 0], pairs_P2[:, 1]))]]:
+            if near_N[first] == first and near_N[second] == second and not repeated_N[second]:
+                near_N[second], repeated_N[first], found = first, True, True
     return Duplicates(exact_N, near_N[exact_N])
 
 

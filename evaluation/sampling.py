@@ -3,15 +3,17 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
+from evaluation.clips import in_batches, jitted, to_float, to_uint8
 from evaluation.fidelity import Compare, pooled_psnr
 from evaluation.measured import Measured
-from evaluation.rollouts import Player
+from evaluation.rollouts import as_played
 from evaluation.stability import sharpness, unchanged
 from evaluation.statistics import figure
 from models.genie import World
-from models.sampling import SamplingConfig
+from models.sampling import SamplingConfig, roll
 
 STEPS = (1, 2, 3, 4, 8, 25)
 TEMPERATURES = (0.0, 0.5, 1.0)
@@ -42,15 +44,27 @@ def measure_sampling(
     if cfg.kind == "flow":
         steps = tuple(2**i for i in range(cfg.flow_steps.bit_length()))
     rows, real = [], (unchanged(truth).mean(), sharpness(truth)[:, 1:].mean())
+    play, numbers = jitted(world, _played), np.arange(len(truth), dtype=np.int32)
     for order in orders:
         for temperature in TEMPERATURES:
             for count in steps:
                 row: dict[str, Any] = {"order": order, "temperature": temperature, "steps": count}
                 way = dataclasses.replace(sampling, **row)
-                played = Player(world, way, batch_size, seed)(truth[:, :1], actions)
+                roll = lambda *given, way=way: play(*given, np.int32(seed), way)
+                played = in_batches(roll, batch_size, truth[:, :1], as_played(actions), numbers)
                 video = np.concatenate([truth[:, :1], played], axis=1)
                 rows.append(row | _quality(compare, video, truth, *real))
     return Measured(details={"sampling_sweep": rows})
+
+
+def _played(world: World, prompt: Any, actions: Any, numbers: Any, seed: Any, way: SamplingConfig) -> jax.Array:
+    """What follows prompts; one program for all steps and temperatures. The noise goes by the clip's number."""
+
+    def one(prompt_THWC: jax.Array, actions_S: jax.Array, number: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        return to_uint8(roll(world, to_float(prompt_THWC)[None], actions_S[None], key, way)[0])
+
+    return jax.vmap(one)(prompt, actions, numbers)
 
 
 def _quality(

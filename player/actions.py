@@ -75,10 +75,10 @@ def matching_actions(ours: list[ActionLabel], theirs: list[ActionLabel], idle: s
     same index if it has the name, else the most frequent of that name, or of that direction at another speed; and what
     does nothing here stands for what does nothing there. Else the index decides.
     """
-    found = []
+    found, known = [], any(any(_still(other, idle)) for other in theirs)
     for i, action in enumerate(ours):
         same = _similar(action.name, theirs)
-        if not same and any(_still(action, idle)):
+        if not same and known and any(_still(action, idle)):
             same = [idle_action(theirs, idle)]
         if i in same or (not same and i < len(theirs)):
             found.append(i)

@@ -89,13 +89,6 @@ class RecordingOptions:
         self.expect("planner_rollouts", self.planner_rollouts >= 1, "at least 1")
         self.expect("planner_explore", 0 <= self.planner_explore < 1, "0 or more and less than 1")
         self.expect("learner", not self.learner or self.policy == "walker", "none but with --policy walker")
-        looks, defaults = self.policy in ("planner", "walker"), RecordingOptions()
-        explores = looks or self.planner_explore == defaults.planner_explore
-        self.expect("planner_explore", explores, "nothing but with --policy planner or walker")
-        rolls = self.policy == "planner" or self.planner_rollouts == defaults.planner_rollouts
-        self.expect("planner_rollouts", rolls, "nothing but with --policy planner")
-        self.expect("action_weights", self.policy != "uniform" or not self.action_weights, "none with --policy uniform")
-        self.expect("only_solved", not (self.only_solved and self.learner), "False with a `learner`")
 
     def expect(self, name: str, ok: bool, expected: str) -> None:
         """Raises an InputError with the value of the field `name` unless it is `ok`."""
@@ -209,6 +202,13 @@ class Environment(ABC):
             else:
                 options.expect(field.name, value == field.default, f"nothing: {self.name} has no such option")
         options.expect("policy", options.policy in self.policies, f"{' or '.join(self.policies)} for {self.name}")
+        looks, defaults = options.policy in ("planner", "walker"), RecordingOptions()
+        explores = looks or options.planner_explore == defaults.planner_explore
+        options.expect("planner_explore", explores, "nothing but with --policy planner or walker")
+        rolls = options.policy == "planner" or options.planner_rollouts == defaults.planner_rollouts
+        options.expect("planner_rollouts", rolls, "nothing but with --policy planner")
+        weighs = options.policy != "uniform" or not options.action_weights
+        options.expect("action_weights", weighs, "none with --policy uniform")
         return used
 
 

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from models.errors import InputError
+from utils.worker import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -42,7 +42,7 @@ def running(function: Callable[[Task], Result], tasks: Sequence[Task], num_worke
     others = multiprocessing.active_children()
     sigterm = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent) as executor:
+        with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as executor:
             try:
                 blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the workers
                 try:
@@ -61,18 +61,6 @@ def running(function: Callable[[Task], Result], tasks: Sequence[Task], num_worke
         ) from error
     finally:
         signal.signal(signal.SIGTERM, sigterm)
-
-
-def _end_with_parent() -> None:
-    """Lets this worker die with its parent, however that dies."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def num_cores(root: str | Path = "/") -> int:

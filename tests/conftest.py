@@ -1,11 +1,15 @@
 """Fixtures that are dear to make, shared by the tests: a tiny dataset, tiny models, a compile cache."""
 
+import contextlib
+import importlib
+import io
 import os
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +25,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import jax  # noqa: E402 (the cache is set before)
 
-from tests import shapes  # noqa: E402
+from tests import shapes  # noqa: E402 (the cache is set before)
+from utils import cli  # noqa: E402
 from utils.records import Clip, Metadata, write_metadata, write_shard  # noqa: E402
 
 # XLA's emitter of fused kernels for CPUs takes half of the time in which it compiles; jax 0.11 has no other.
@@ -98,6 +103,26 @@ def script(
         preexec_fn=limit,
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def here(name: str, *flags: object, check: bool = True) -> subprocess.CompletedProcess:
+    """The same in this process, which has imported and compiled most of it already."""
+    module, argv = importlib.import_module(name), [f"{name}.py", *map(str, flags)]
+    told, errors = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(told),
+        contextlib.redirect_stderr(errors),
+        contextlib.chdir(ROOT),
+    ):
+        try:
+            cli.run(module.main, module.Config, getattr(module, "PRESETS", None))
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code
+    done = subprocess.CompletedProcess(argv, status, told.getvalue(), errors.getvalue())
+    assert not check or status == 0, done.stdout + done.stderr
     return done
 
 

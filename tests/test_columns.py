@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import sample
 from models.actions import no_actions, random_actions
 from models.dynamics import DynamicsConfig, actions_to
 from models.genie import DYNAMICS, World, load_world
 from models.nn import Compute
 from models.sampling import SamplingConfig, rollout
 from play import Config, load_game
-from player.chosen import swept_actions
+from player.chosen import listed_actions, swept_actions
 from player.controls import Controls
-from tests.conftest import CACHE, FRAME, SMALL, make_clip, script
+from sample import choose_actions
+from tests.conftest import CACHE, FRAME, SMALL, here, make_clip, script
 from tests.test_play import CHROMIUM, browsing, server_process, serving
 from utils.actions import ActionColumn
 from utils.data import ClipSource
@@ -113,25 +115,30 @@ def test_a_world_is_trained_on_rows(rows_world):
 
 
 def test_the_world_is_sampled_with_the_datasets_rows(rows_world, rows_dataset, tmp_path):
+    source = ClipSource(rows_dataset, "val", 6)
+    clips, world, columns = source.windows([0, 1], [0.0, 0.0]), load_world(rows_world), source.metadata.action_columns
+    chosen = choose_actions(sample.Config(actions="true", prompt_frames=2), world, clips, columns, 4)
+    np.testing.assert_array_equal(chosen, clips.actions_BT[:, 1:5])
+    listed = listed_actions(world, "jump+turn=-3.5,item=axe,none", columns)
+    np.testing.assert_array_equal(listed, [[1, -3.5, 0], [0, columns[1].mean, 2], [0, columns[1].mean, 0]])
     flags = ["--checkpoint", rows_world, "--num_clips", 2, "--steps", 2]
     for actions in ("true", "random"):
-        script("sample", *flags, "--actions", actions, "--output_dir", tmp_path / actions)
+        here("sample", *flags, "--actions", actions, "--output_dir", tmp_path / actions)
         assert (tmp_path / actions / "rollout.png").is_file()
-    assert ClipSource(rows_dataset, "val", 6).metadata.action_shape == (3,)
 
 
 def test_lists_and_sweeps_name_the_columns(rows_world, tmp_path):
     flags = ["--checkpoint", rows_world, "--num_clips", 2, "--steps", 2, "--output_dir", tmp_path]
-    script("sample", *flags, "--actions", "jump+turn=-3.5,item=axe,none")
+    here("sample", *flags, "--actions", "jump+turn=-3.5,item=axe,none")
     assert (tmp_path / "rollout.png").is_file()
-    script("sample", *flags, "--actions", "sweep")
+    here("sample", *flags, "--actions", "sweep")
     assert (tmp_path / "sweep.png").is_file()
     for actions, message in {
         "run": "no column run; there are jump, turn, item, and none",
         "item": "item is one of none, bow, axe, as in item=axe",
         "turn=left": "turn is a number, as in turn=1",
     }.items():
-        failed = script("sample", *flags, "--actions", actions, check=False)
+        failed = here("sample", *flags, "--actions", actions, check=False)
         assert failed.returncode == 1
         assert failed.stderr == f"error: --actions {actions}: {message}\n"
 
@@ -238,9 +245,9 @@ def test_keys_combine_and_the_mouse_turns_in_a_browser(rows_world, tmp_path):
 
 
 def test_other_columns_are_not_taken_for_the_worlds(rows_world, dataset):
-    failed = script("sample", "--checkpoint", rows_world, "--data_dir", dataset, "--actions", "true", check=False)
+    failed = here("sample", "--checkpoint", rows_world, "--data_dir", dataset, "--actions", "true", check=False)
     assert failed.stderr.startswith("error: --data_dir")
     assert "its actions are not those that the world was trained on" in failed.stderr
-    failed = script("evaluate", "--checkpoint", rows_world, "--data_dir", dataset, check=False)
+    failed = here("evaluate", "--checkpoint", rows_world, "--data_dir", dataset, check=False)
     assert failed.returncode == 1
     assert "this world was trained on true actions, which are missing here" in failed.stderr

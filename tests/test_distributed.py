@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -164,23 +165,23 @@ def test_a_process_whose_others_do_not_come_gives_up_in_a_line():
 
 
 def kill_at_random_moments(command, folder, kills, rng):
-    """Starts a training again and again, each time with SIGKILL after a random while, then lets it finish."""
+    """Starts a training again and again, each time with SIGKILL at a random step, then lets it finish."""
+    file = folder / "metrics.jsonl"
+    names = lambda: {path.name for path in folder.iterdir()} if folder.exists() else set()
+    logged = lambda: max(map(int, re.findall(r'"step": (\d+)', file.read_text())), default=0) if file.exists() else 0
     for _ in range(kills):
+        before, on_save, until = names(), rng.random() < 0.5, logged() + rng.randint(1, 48 // kills)
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = len(checkpoint_steps(folder)) if folder.exists() else 0
-        # Often just when a checkpoint is being written, else anywhere.
-        if rng.random() < 0.5:
-            deadline = time.monotonic() + 40
-            while time.monotonic() < deadline and process.poll() is None:
-                if folder.exists() and (
-                    any("tmp" in p.name for p in folder.iterdir()) or len(checkpoint_steps(folder)) > before
-                ):
-                    break
-                time.sleep(0.001)
-        else:
-            time.sleep(rng.uniform(2, 12))
+        deadline = time.monotonic() + 120
+        # Just when a checkpoint is being written, or else anywhere.
+        while time.monotonic() < deadline:
+            if on_save and any("tmp" in name for name in names() - before):
+                break
+            if not on_save and logged() >= until:
+                break
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -26,7 +26,7 @@ from models.motion import frames_before, softened
 from models.nn import Compute
 from models.sampling import SamplingConfig, next_frame, rollout, start_rollout
 from models.tokenizer import Decoded
-from tests.conftest import SMALL, script
+from tests.conftest import SMALL, here, script
 from tests.test_distributed import assert_close, processes
 from tests.test_train import assert_same, flags, losses, refused, stored
 
@@ -190,10 +190,9 @@ def test_guidance_goes_on_from_what_is_likely_without_the_action():
 
 
 def test_the_head_learns_without_some_actions():
-    drawn = draw_steps(dataclasses.replace(CFG, action_dropout=0.5), jax.random.key(0), 64, (40, 1, 1))
-    own_BTm1 = drawn.own_BT[:, 1:-1]
-    for untold in (drawn.untold_BTm1[:, 1:], drawn.untold_BTm1[:, :-1]):
-        assert abs(float(own_BTm1[untold[:, : own_BTm1.shape[1]]].mean()) - float(own_BTm1.mean())) < 0.03
+    drawn = draw_steps(dataclasses.replace(CFG, action_dropout=0.5), jax.random.key(0), 1, (4000, 1, 1))
+    own_T, untold_T = drawn.own_BT[0, 1:-1], drawn.untold_BTm1[0, 1:]
+    assert abs(float(own_T[untold_T].mean()) - float(own_T.mean())) < 0.05  # dice of their own
     cfg = dataclasses.replace(CFG, action_dropout=0.25)
     plain, drawn = Flow.draw(CFG, KEY, 60, 16), Flow.draw(cfg, KEY, 60, 16)
     assert 0.2 < jnp.mean(drawn.untold_BTm1) < 0.3
@@ -462,13 +461,13 @@ def test_a_world_without_a_tokenizer_samples_exports_and_is_measured(trained_flo
 
 def test_what_a_flow_cannot_learn_from_is_refused(trained, dataset, tmp_path):
     given = [*WORLD, *flags(dataset, tmp_path), "--lam_checkpoint", trained["lam"]]
-    done = script("train_dynamics", *given, "--model.patch_size", 40, check=False)
+    done = here("train_dynamics", *given, "--model.patch_size", 40, check=False)
     assert "--model.patch_size 40: must be from 1 to the frames' shorter side, 16" in refused(done)
-    done = script("train_dynamics", *given, "--model.action_dropout", 0, "--sampling.guidance", 2, check=False)
+    done = here("train_dynamics", *given, "--model.action_dropout", 0, "--sampling.guidance", 2, check=False)
     assert "--sampling.guidance 2: needs a world trained with `action_dropout`" in refused(done)
     latents = ["--model.space", "latents", "--model.motion_reach", 0, "--model.edge_weight", 0]
     latents += ["--tokenizer_checkpoint", trained["tokenizer"]]
-    done = script("train_dynamics", *given, *latents, check=False)
+    done = here("train_dynamics", *given, *latents, check=False)
     assert "has tokens, but --model.space latents needs a tokenizer of kind mae" in refused(done)
 
 

@@ -451,13 +451,17 @@ def test_an_environment_refuses_options_and_policies_that_it_has_not(tmp_path):
         ({"center_agent": False}, "`center_agent` False: expected nothing: counting has no such option"),
         ({"policy": "planner"}, "`policy` planner: expected uniform or sticky for counting"),
         ({"only_solved": True}, "`only_solved` True: expected nothing: counting has no such option"),
+    ):
+        with pytest.raises(InputError, match=message):
+            record(Counting(), RecordingOptions(num_episodes=3, **changes), tmp_path / "new", num_workers=0)
+    assert not (tmp_path / "new").exists()
+    for changes, message in (
         ({"planner_explore": 0.3}, "`planner_explore` 0.3: expected nothing but with --policy planner or walker"),
         ({"policy": "sticky", "planner_rollouts": 9}, "`planner_rollouts` 9: expected nothing but with"),
         ({"action_weights": ("UP=1",)}, r"`action_weights` .*: expected none with --policy uniform"),
     ):
         with pytest.raises(InputError, match=message):
-            record(Counting(), RecordingOptions(num_episodes=3, **changes), tmp_path / "new", num_workers=0)
-    assert not (tmp_path / "new").exists()
+            Procgen("coinrun").options_of(RecordingOptions(**changes))
 
 
 def test_a_recording_without_clips_is_no_dataset(tmp_path):

@@ -108,6 +108,15 @@ def test_what_resembles_a_repeat_alone_is_kept(tmp_path):
     assert {scan.clip_ids[i] for i in np.flatnonzero(repeats)} == {"lit 4", "lit 12"}
 
 
+def test_of_many_that_are_alike_few_are_kept(tmp_path):
+    """More than are compared with each other at once."""
+    clip, rng = make_clip(0, 9), np.random.default_rng(0)
+    lit = lambda: clip.frames_THWC + rng.integers(0, 2, clip.frames_THWC.shape, np.uint8)
+    clips = [renamed(clip, f"{i:03d}", frames_THWC=lit()) for i in range(80)]
+    repeats = find_duplicates(scanned(write(tmp_path, train=[clips]))[1]).repeats()
+    assert len(clips) - repeats.sum() <= 4
+
+
 def test_among_many_that_share_a_picture_repeats_are_found(tmp_path):
     """All begin alike, as from a title screen; most clips' own frames tell them apart."""
     title = make_clip(99, 2).frames_THWC

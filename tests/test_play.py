@@ -572,6 +572,8 @@ def test_labels_say_what_actions_do(tmp_path, capsys):
     keys, ways = [Action("RIGHT+UP"), Action("NONE"), Action("LEFT+DOWN")], [Action("stay"), Action("down, left, fast")]
     assert matching_actions(keys, [*ways, Action("up, right")]) == [2, 0, 1]
     assert matching_actions([*ways, Action("up, right")], keys) == [1, 2, 0]
+    assert matching_actions(ways, [Action()] * 2) == [0, 1]  # where nothing is known the index decides
+    assert matching_actions(ways[::-1], [Action()] * 2) == [0, 1]
     speeds = [Action("left"), Action("right, slow", count=3), Action("right", count=2), Action("stay")]
     assert matching_actions([Action("RIGHT"), *measured, Action("left, fast")], speeds) == [2, 1, 3, 3, 0]
     # A label file that does not fit is said to be so, and left aside.

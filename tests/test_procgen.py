@@ -65,7 +65,8 @@ def test_facts_about_actions_are_true_of_the_game(game):
             if rng.random() < 0.3 or actions[0] != actions[1]:
                 actions = np.full(NUM_ACTIONS, rng.integers(NUM_ACTIONS))
         seen = np.concatenate(seen, axis=1)
-        differs |= (seen[:, None] != seen[None]).any(axis=2)
+        _, kind = np.unique([row.tobytes() for row in seen], return_inverse=True)
+        differs |= kind[:, None] != kind
     same = {name: Procgen(game).same_actions.get(name, name) for name in ACTION_NAMES}
     for (i, a), (j, b) in itertools.combinations(enumerate(ACTION_NAMES), 2):
         assert differs[i, j] == (same[a] != same[b]), f"{a} and {b}"

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -184,6 +185,7 @@ def test_without_locks_the_beat_tells(tmp_path, monkeypatch, lives):
 
     monkeypatch.setattr(lock, "BEAT_S", 0.2)
     monkeypatch.setattr(lock, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(lock, "SETTLED_S", 0.1)
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     first = FolderLock(tmp_path)
     if not lives:
@@ -191,6 +193,16 @@ def test_without_locks_the_beat_tells(tmp_path, monkeypatch, lives):
     with pytest.raises(InputError, match="is training here") if lives else contextlib.nullcontext():
         FolderLock(tmp_path).release()
     first.released.set()
+
+
+def test_without_locks_the_last_of_two_has_the_folder(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    monkeypatch.setattr(lock.time, "sleep", lambda _: (tmp_path / ".lock").write_text('{"host": "b", "pid": 7}'))
+    with pytest.raises(InputError, match="process 7 on b is training here"):
+        FolderLock(tmp_path)
 
 
 # Many files, little shared memory.
@@ -244,7 +256,7 @@ import multiprocessing, os, time
 from utils import worker
 
 def work():
-    worker.begin_worker(0, 1)
+    worker.begin_reading(0, 1)
     print(os.getpid(), flush=True)
     time.sleep(60)
 
@@ -262,10 +274,8 @@ def test_a_worker_outlives_sigterm_and_not_its_training():
     os.kill(worker, 0)  # is there
     training.kill()
     training.wait(10)
-    end = time.monotonic() + 10
-    while Path(f"/proc/{worker}").exists():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    assert select.select([training.stdout], [], [], 10)[0]  # at its end, which the worker held open
+    assert training.stdout.read() == ""
 
 
 # Paths and caches.

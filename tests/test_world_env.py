@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -73,8 +74,7 @@ def test_heads_are_trained_stored_and_scored(world, tmp_path):
     assert val["val_loss"] > val["val_cross_entropy"]  # the heads' are in it
     before, after = load_world(world), load_world(tmp_path / "world")
     assert after.cfg.heads == before.cfg.heads  # no latent action for them to see
-    moved = lambda part: not np.array_equal(*(np.asarray(of.out.kernel[...]) for of in part))
-    assert moved((before.heads.end, after.heads.end))
+    assert np.any(after.heads.end.out.kernel[...])  # which begins at zero
 
 
 def test_labels_name_real_actions(world, tmp_path):
@@ -219,5 +219,5 @@ def test_the_readmes_lines_run_an_agent(world):
 
 
 def test_agents_do_without_gymnasium(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gymnasium", None)  # as where it is not installed
     agents.register_worlds()

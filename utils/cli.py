@@ -140,7 +140,8 @@ def set_up_jax(compile_cache: str, deterministic: bool = False) -> None:
         is_default = os.path.expanduser(compile_cache) == os.path.expanduser(DEFAULT_CACHE)
         if not (is_default and os.environ.get("JAX_COMPILATION_CACHE_DIR")):
             jax.config.update("jax_compilation_cache_dir", _writable(compile_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def _writable(folder: str) -> str:

@@ -12,7 +12,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from models.errors import InputError
 from utils.outcomes import ends_of, expect_outcomes, lacking
 from utils.records import Clip, Metadata, Shard, decode_clip, read_metadata
-from utils.worker import begin_worker
+from utils.worker import begin_reading
 
 BATCHES_PER_WORKER = 2  # that wait to be taken
 MAX_OPEN_SHARDS = 256  # files of a split that stay open; a system's limit is often 1024 for a process
@@ -305,7 +305,7 @@ def batches(
         check_shared_memory(source, len(mine), num_workers)
         absl.flags.FLAGS.mark_as_parsed()  # grain's workers read flags, and no one else parses them here
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=BATCHES_PER_WORKER)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=begin_worker)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=begin_reading)
     return _own(iter(dataset)) if num_workers else iter(dataset)
 
 

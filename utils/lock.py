@@ -15,6 +15,7 @@ from models.errors import InputError
 
 BEAT_S = 10.0  # how often a training shows that it lives
 PATIENCE_S = 25.0  # how long to watch for that
+SETTLED_S = 2.0  # after which who wrote last has the folder, where there are no locks
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as on Lustre that is mounted without them
 
 
@@ -49,6 +50,11 @@ class FolderLock:
             self._watch(folder, holder)
         os.ftruncate(self.file, 0)
         os.pwrite(self.file, json.dumps(here).encode(), 0)
+        if not locked:
+            time.sleep(SETTLED_S)
+            if (holder := self._holder()) != here:  # another one came at the same time
+                os.close(self.file)
+                raise self._taken(folder, holder)
         self.released = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 

@@ -54,7 +54,7 @@ class Speed:
     def __init__(self, batch_size: int, step_flops: float, dtype: str, waiting: Waiting):
         self.batch_size, self.step_flops, self.waiting = batch_size, step_flops, waiting
         kind = jax.devices()[0].device_kind
-        peaks = [peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", kind)]
+        peaks = [peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\bG?{name}\b", kind)]
         self.peak = peaks[0] * jax.device_count() if peaks and dtype != "float32" else None
         self.since: tuple[int, float] | None = None
 
@@ -93,10 +93,15 @@ class Profiler:
             jax.profiler.start_trace(str(self.folder / "profile"))
             self.tracing = True
         elif self.tracing and steps_done >= 15:
-            self.close()
+            self._stop()
 
-    def close(self) -> None:
-        """Stops the trace of a run that ends before the fifteenth step."""
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop()  # of a run that ends before the fifteenth step
+
+    def _stop(self) -> None:
         if self.tracing:
             jax.profiler.stop_trace()
             self.tracing = False

@@ -199,8 +199,8 @@ def fit(
         validate = Validation(cfg, mesh, evaluate, val)
         writers = _writers(cfg, kind, folder, first_step, model_cfg) if is_main else Writers()
         stack.callback(writers.close)
-        waiting, stop, profiler = Waiting(), StopOnSignal(), Profiler(cfg.profile, folder)
-        stack.callback(lambda: (profiler.close(), stop.restore()))
+        waiting, stop, profiler = Waiting(), StopOnSignal(), stack.enter_context(Profiler(cfg.profile, folder))
+        stack.callback(stop.restore)
         speed = Speed(cfg.batch_size, clip_flops * cfg.batch_size, cfg.dtype, waiting)
         reporter = Reporter(writers, speed, cfg.log_interval, cfg.num_steps)
         for step in range(first_step + 1, cfg.num_steps + 1):

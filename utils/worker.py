@@ -1,21 +1,26 @@
-"""Processes that read data for a training. They import this, so it brings no JAX."""
+"""Processes that work for another one. They import this first, so it brings no JAX."""
 
+import multiprocessing
 import os
 import signal
 import threading
-import time
 
 
-def begin_worker(worker: int, workers: int) -> None:
-    """Ctrl-C reaches all processes of a terminal, and Slurm's SIGTERM all of a task; the training itself ends its
-    workers, after it has saved. If it is killed, they end by themselves."""
+def begin_reading(worker: int, workers: int) -> None:
+    """Of those that read for a training. Ctrl-C reaches all processes of a terminal, and Slurm's SIGTERM all of a task;
+    the training itself ends its workers, after it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process within a second of its parent."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def end_with_parent() -> None:
+    """Lets this process die with its parent, however that dies."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
