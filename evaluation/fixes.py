@@ -40,9 +40,10 @@ def with_val(scan: Scan) -> Splits:
     val = set(in_order[first:])
     # A level's last clip may reach back over frames of the one before it, which then is in neither split.
     ends_N = np.cumsum(scan.lengths_N)
-    frames = lambda i: set(scan.frame_digests_F[ends_N[i] - scan.lengths_N[i] : ends_N[i]].tolist())
-    shared = first > 1 and frames(in_order[first - 1]) & frames(in_order[first])
-    left_out = {in_order[first - 1]} if shared else set()
+    frames = lambda i: scan.frame_digests_F[ends_N[i] - scan.lengths_N[i] : ends_N[i]]
+    before, after = frames(in_order[first - 1]), frames(in_order[first])
+    shared = any(np.array_equal(before[-n:], after[:n]) for n in range(1, min(len(before), len(after)) + 1))
+    left_out = {in_order[first - 1]} if first > 1 and shared else set()
     return {p: "val" if i in val else p.split for i, p in enumerate(scan.places) if i not in left_out}
 
 

@@ -89,6 +89,7 @@ class RecordingOptions:
         self.expect("planner_rollouts", self.planner_rollouts >= 1, "at least 1")
         self.expect("planner_explore", 0 <= self.planner_explore < 1, "0 or more and less than 1")
         self.expect("learner", not self.learner or self.policy == "walker", "none but with --policy walker")
+        self.expect("only_solved", not (self.only_solved and self.learner), "False with a `learner`")
 
     def expect(self, name: str, ok: bool, expected: str) -> None:
         """Raises an InputError with the value of the field `name` unless it is `ok`."""

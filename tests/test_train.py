@@ -199,7 +199,8 @@ def test_stored_tokens_give_the_loss_of_the_frames(trained, tmp_path):
         "holds a dataset already": making,
     }  # fmt: skip
     for message, command in refused.items():
-        done = here(*command, check=False)
+        run = script if command is making else here
+        done = run(*command, check=False)
         assert done.returncode == 1
         assert message in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
