@@ -50,8 +50,8 @@ def measure_sampling(
             for count in steps:
                 row: dict[str, Any] = {"order": order, "temperature": temperature, "steps": count}
                 way = dataclasses.replace(sampling, **row)
-                roll = lambda *given, way=way: play(*given, np.int32(seed), way)
-                played = in_batches(roll, batch_size, truth[:, :1], as_played(actions), numbers)
+                in_this_way = lambda *given, way=way: play(*given, np.int32(seed), way)
+                played = in_batches(in_this_way, batch_size, truth[:, :1], as_played(actions), numbers)
                 video = np.concatenate([truth[:, :1], played], axis=1)
                 rows.append(row | _quality(compare, video, truth, *real))
     return Measured(details={"sampling_sweep": rows})
