@@ -111,7 +111,7 @@ def own_data(cfg: Config, root: Path) -> str:
     return str(inspection / "dataset" if fix else data)
 
 
-MINUTES = {"tiny": 5, "flow": 8, "latents": 4, "small": 120}
+MINUTES = {"tiny": 5, "flow": 8, "latents": 4, "small": 180}
 """Of trainings and measurement on two cores, 64 × 64 pixels (benchmarks/RESULTS.md)."""
 
 

@@ -74,6 +74,8 @@ PRESETS = {
     "small": dataclasses.replace(
         TINY,
         model=dataclasses.replace(TINY.model, unquantized_steps=400),
+        batch_size=16,
+        seq_len=2,
         learning_rate=3e-3,
         num_steps=2000,
         decay_steps=1200,
@@ -90,7 +92,8 @@ moving: ours, of the same size, with decoders that move the last frame; judged a
 
 tiny: what `make demo` runs, `python train_lam.py --preset tiny`; its decoder moves the last frame.
 flow, latents: the same.
-small: the same model trained for longer, as for worlds/coinrun-small.
+small: the same model trained for longer, as for worlds/coinrun-small, on pairs of frames: all that there is to tell of
+them is a velocity, and so a code is one.
 bench: for benchmarks/ only.
 """
 

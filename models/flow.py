@@ -145,8 +145,7 @@ class Flow(Dynamics):
 
         hidden_BTNM = after(task.action_BTM)
         if guidance != 1.0:
-            any_BTNM = after(self.no_action())
-            hidden_BTNM = any_BTNM + guidance * (hidden_BTNM - any_BTNM)
+            hidden_BTNM = guided(hidden_BTNM, after(self.no_action()), guidance)
         if not self.cfg.motion_reach:
             # At first nothing changes.
             return task.last_BTNP + self.patch_out(hidden_BTNM).astype(jnp.float32)
@@ -312,6 +311,17 @@ class Flow(Dynamics):
         root = jax.random.fold_in(jax.random.key(0), 2**31 - 1)  # apart from the noise that frames begin with
         noise = lambda t: jax.random.normal(jax.random.fold_in(root, t), (N, P))
         return values_BTNP + 2.0 * self.cfg.context_noise * jax.vmap(noise)(first + jnp.arange(T))
+
+
+def guided(told_BTNM: jax.Array, any_BTNM: jax.Array, guidance: float) -> jax.Array:
+    """Hidden states that go on from those without an action to those that are told it, and beyond, no longer than they.
+
+    Longer ones would say more of all else as well, and move farther than any frame does (as in Lin et al. 2024).
+    """
+    length = lambda x_BTNM: jnp.linalg.norm(x_BTNM.astype(jnp.float32), axis=-1, keepdims=True)
+    beyond_BTNM = any_BTNM + guidance * (told_BTNM - any_BTNM)
+    ratio_BTN1 = length(told_BTNM) / jnp.maximum(length(beyond_BTNM), 1e-6)
+    return beyond_BTNM * ratio_BTN1.astype(beyond_BTNM.dtype)
 
 
 def num_values(cfg: DynamicsConfig) -> int:

@@ -17,7 +17,7 @@ import sample
 from models import flops
 from models.dynamics import DynamicsConfig, Seen, actions_to
 from models.errors import InputError
-from models.flow import Flow, Task, to_values
+from models.flow import Flow, Task, guided, to_values
 from models.flow_steps import draw_steps, edge_error, mixed, towards
 from models.genie import World, WorldConfig, load_world
 from models.kernels import KV
@@ -165,24 +165,32 @@ def test_still_videos_teach_a_moving_flow_to_keep_still():
 
 
 def test_guidance_goes_on_from_what_is_likely_without_the_action():
-    """Where nothing moves, frames are linear in the hidden states, and so in the guidance; 0 heeds no action."""
+    """Where nothing moves, each patch is linear in its hidden state, whose length stays; 0 heeds no action."""
     still = world_of(dataclasses.replace(CFG, motion_reach=0, action_dropout=0.2))
     out = still.dynamics.patch_out.kernel
     out[...] = jax.random.normal(KEY, out.shape) / 20
 
+    begin = 0.4 + 0.2 * FRAMES[:, :1]
+
     @jax.jit
     def first(actions, sampling):
-        state = start_rollout(still, 0.4 + 0.2 * FRAMES[:, :1], ACTIONS[:, :0])
+        state = start_rollout(still, begin, ACTIONS[:, :0])
         return next_frame(still, state, actions, KEY, sampling)[1].values_BNP
 
     def made(guidance, actions=ACTIONS[:, 0]):
-        return first(actions, SamplingConfig(1, 0.0, guidance=guidance))
+        return first(actions, SamplingConfig(1, 0.0, guidance=guidance)) - to_values(begin, still.dynamics.cfg)[:, 0]
 
     told, none = made(1.0), made(1.0, jnp.array([-1, -1]))
     assert jnp.abs(told - none).max() > 0.01
-    assert jnp.abs(none).max() < 0.9  # nothing is clipped
-    for guidance in (0.0, 0.5, 1.5):
-        np.testing.assert_allclose(made(guidance), none + guidance * (told - none), atol=1e-5)
+    assert jnp.abs(none).max() < 0.7  # nothing is clipped
+    for guidance, low, high in ((0.0, 1.0, 1.0), (0.5, 1.0, 1.2), (1.5, 0.8, 1.0)):
+        changed, straight = made(guidance), none + guidance * (told - none)
+        length_BN1 = jnp.sum(changed * straight, axis=-1, keepdims=True) / jnp.sum(straight**2, axis=-1, keepdims=True)
+        np.testing.assert_allclose(changed, length_BN1 * straight, atol=1e-5)
+        assert low - 1e-4 < length_BN1.min() <= length_BN1.max() < high + 1e-4
+        assert low == high or jnp.abs(length_BN1 - 1).max() > 1e-3
+    states = jax.random.normal(KEY, (2, 1, 3, 5, 8))
+    np.testing.assert_allclose(*(jnp.linalg.norm(x, axis=-1) for x in (guided(*states, 2.5), states[0])), rtol=1e-5)
     plain, twice = (Flow.frame_flops(CFG, 4, SamplingConfig(3, guidance=guidance)) for guidance in (1.0, 1.5))
     assert twice - plain == 3 * flops.flow_head(CFG, 1)
     with pytest.raises(InputError, match="`guidance` 2: needs a world trained with `action_dropout`"):
