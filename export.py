@@ -152,12 +152,12 @@ def card(cfg: Config, world: World, metadata: Metadata, sampling: SamplingConfig
 
 def commands(cfg: Config, metadata: Metadata) -> list[str]:
     """The commands that made a world, as far as its folders tell."""
-    found = []
+    found, config = [], read_config(cfg.run)
     if options := metadata.made_by.get("config"):
         words = lambda x: [] if isinstance(x, bool) else map(str, x if isinstance(x, list) else [x])
         flags = [[f"--{'no-' * (x is False)}{name}", *words(x)] for name, x in options.items() if x not in ("", [])]
-        found.append(shlex.join([str(metadata.made_by.get("command")), *itertools.chain(*flags)]))
-    config = read_config(cfg.run)
+        flags += [["--output_dir", cfg.data_dir or data_of(cfg.run)]]
+        found.append(shlex.join([metadata.made_by["command"], *itertools.chain(*flags)]))
     for part in ("tokenizer", "lam"):
         folder = config["model"][part] and config["train"].get(f"{part}_checkpoint", "")
         if folder and (Path(folder) / "config.json").is_file():

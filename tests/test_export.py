@@ -159,8 +159,8 @@ def test_the_world_that_comes_along_is_whole_and_small():
     assert len(source) == 16
     loaded = load_world(world)
     names = [action.name for action in read_actions(str(world), loaded.num_actions, None)]
-    assert {"left", "right", "stay"} <= set(names)
-    assert any("up" in name for name in names)
+    assert {"left", "up", "down", "stay"} <= set(names)
+    assert any(name.startswith("right") for name in names)
     assert len(set(names)) == loaded.num_actions
     assert source.metadata.frame_shape == loaded.cfg.frame_shape
 
@@ -203,7 +203,11 @@ def test_a_card_says_how_its_data_were_made_and_leaves_out_what_was_not_given(tr
     }
     made_by = {"command": "generate_dataset.py", "config": config}
     first = export.commands(cfg, dataclasses.replace(metadata, made_by=made_by))[0]
-    assert first == "python generate_dataset.py --seed 0 --names UP=1 LEFT=2 --looks --no-only_solved"
+    there = data_of(trained["world"])
+    assert (
+        first
+        == f"python generate_dataset.py --seed 0 --names UP=1 LEFT=2 --looks --no-only_solved --output_dir {there}"
+    )
 
 
 def test_values_beyond_half_precision_are_refused(trained, tmp_path):

@@ -867,7 +867,7 @@ async def nobody_left(url: str) -> None:
 def take_screenshot(checkpoint: str, file: str, prompt: int = 0) -> None:
     """Plays a world from one of its prompts and takes a picture of the page, for the documentation.
 
-    python -c "from tests import test_play as t; t.take_screenshot('worlds/coinrun-small', 'docs/play.png', 5)"
+    python -c "from tests import test_play as t; t.take_screenshot('worlds/coinrun-small', 'docs/play.png', 8)"
     """
 
     async def play(url: str, folder: Path) -> None:
