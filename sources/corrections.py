@@ -56,7 +56,8 @@ class Corrections:
 
     Then, half of the time, the learner goes on with its mistake, and is recorded again a few time steps later, so that
     it meets what its mistakes lead to; else from where the walker has led to, as who makes the same one again and
-    again would never see the rest of the level.
+    again would never see the rest of the level. Where nothing helps any more, nothing is recorded. What is not
+    recorded from a level's beginning on begins with the step before, so that all that is shown is seen in motion.
 
     Args:
       game: The environment, and `shown` another one of its kind, in which the walker shows what to do.
@@ -81,27 +82,29 @@ class Corrections:
     def record(self, num: int) -> list[Step]:
         """So many time steps. Whatever follows what it does not follow in the game has `first` set."""
         steps: list[Step] = []
-        passed, begins = 0, True
+        passed = 0
+        before: Step | None = None  # what led here, in the same level
+        joined = False  # whether it is the last one that is recorded
         seen = self._look(self._game)
         while len(steps) < num:
             if seen.first:
-                passed, begins = 0, True
-            first_1 = np.array([seen.first])
-            action = int(self._learner.act(seen.frame_HWC[None], np.ones(1, bool), first_1)[0])
-            plan = [] if passed else self._walker.mend(self._game.get_state()[0], action)
+                passed, before = 0, None
+            action = int(self._learner.act(seen.frame_HWC[None], np.ones(1, bool), np.array([seen.first]))[0])
+            plan = None if passed else self._walker.mend(self._game.get_state()[0], action)
+            if plan is not None and before and not joined:
+                steps.append(before._replace(first=True))
             if plan:
-                shown = self._show(plan, begins)
+                shown = self._show(plan, before is None)
                 steps += shown
                 if self._rng.random() < FOLLOWED:
-                    seen, begins = self._follow(shown), True
+                    seen, before, joined = self._follow(shown), shown[-1], True
                     continue
-                passed = 1 + PASSED
-            step, seen = self._act(self._game, seen, action, begins)
-            begins = passed > 0
-            if begins:
-                passed -= 1
-            else:
+                passed, plan = 1 + PASSED, None
+            step, seen = self._act(self._game, seen, action, before is None)
+            before, joined = step, plan is not None
+            if joined:
                 steps.append(step)
+            passed = max(passed - 1, 0)
         return steps[:num]
 
     def _show(self, plan: list[int], begins: bool) -> list[Step]:

@@ -131,15 +131,18 @@ class Walker:
         plan = self.plan(state)
         return rest if rest and plan.easy and plan.actions[0] == self._walk else plan.actions
 
-    def mend(self, state: bytes, action: int) -> list[int]:
+    def mend(self, state: bytes, action: int) -> list[int] | None:
         """What to do from a state on in the place of another one's action: nothing, but for mistakes to be mended.
 
-        Else an imitator would learn of many differences that make none, as keys do nothing in the air.
+        Else an imitator would learn of many differences that make none, as keys do nothing in the air. None where
+        nothing helps: nobody should imitate what is done there.
         """
         if self.forgives(state, action):
             return []
         plan = self.plan(state)
-        return [] if plan.hopeless or plan.actions[0] == action else plan.actions
+        if plan.hopeless:
+            return None
+        return [] if plan.actions[0] == action else plan.actions
 
     def forgives(self, state: bytes, action: int) -> bool:
         """Whether it would still get on without a detour had another one, who walks or jumps, done so for a while."""

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sources import procgen
+from sources import corrections, procgen
 from sources.corrections import PASSED, SHOWN, Corrections
 from sources.environment import RecordingOptions
 from sources.levels import levels_of
@@ -81,10 +81,10 @@ class Dice:
         return 0.49 if self.follows else 0.51
 
 
-def recorded(learner, follows, num=60):
+def recorded(learner, follows, num=60, walker=None):
     game, shown = Row(), Row()
     pictures = lambda env, observation: observation
-    steps = Corrections(game, shown, Steady(), learner, pictures, Dice(follows)).record(num)
+    steps = Corrections(game, shown, walker or Steady(), learner, pictures, Dice(follows)).record(num)
     assert len(steps) == num
     for before, after in itertools.pairwise(steps):  # what was recorded was done
         if not after.first:
@@ -93,6 +93,10 @@ def recorded(learner, follows, num=60):
         assert after.first or not before.terminated
         assert before.terminated == before.success == (before.reward == 10)
     return game, shown, steps
+
+
+def places(steps):
+    return [(int(step.frame[0, 0, 0]), step.first) for step in steps]
 
 
 def test_a_mistake_is_recorded_as_what_the_walker_shows_and_then_made():
@@ -110,15 +114,26 @@ def test_a_mistake_is_recorded_as_what_the_walker_shows_and_then_made():
 def test_what_a_mistake_leads_to_is_not_recorded_at_first():
     learner = Scripted(3, STAY)
     game, _, steps = recorded(learner, follows=False)
-    assert {step.action for step in steps} == {STEP}
+    assert {step.action for step in steps if not step.first} == {STEP}
     assert game.done[: 3 + 2 * (1 + PASSED)] == [STEP] * 3 + [STAY] * 2 * (1 + PASSED)
-    there = [(int(step.frame[0, 0, 0]), step.first, step.level) for step in steps]
-    assert there[LENGTH : LENGTH + 2] == [(3, True, 0), (4, False, 0)]  # shown again, from where it stayed
+    # Shown again, from where it stayed, with the step that led there, as else no motion would be seen.
+    assert [step.level for step in steps[LENGTH : LENGTH + 3]] == [0, 0, 0]
+    assert places(steps[LENGTH : LENGTH + 3]) == [(3, True), (3, False), (4, False)]
+
+
+def test_what_nothing_mends_is_not_recorded():
+    """What is done there leads to a death as much as anything else, and should not be imitated."""
+    steady = Steady()
+    steady.mend = lambda state, action: None if 3 <= state[1] < 6 else []
+    _, _, steps = recorded(Scripted(-1, STEP), follows=False, walker=steady)
+    assert places(steps[:3]) == [(0, True), (1, False), (2, False)]
+    assert places(steps[3:9]) == [(5, True), (6, False), (7, False), (8, False), (9, False), (0, True)]
 
 
 def test_who_is_led_on_sees_the_way():
     learner = Scripted(3, STAY)
     _, _, steps = recorded(learner, follows=True)
+    assert [step.first for step in steps[: LENGTH + 1]] == [True, *[False] * (LENGTH - 1), True]
     assert [step.level for step in steps] == [number // LENGTH for number in range(len(steps))]
     assert learner.seen[: LENGTH + 1] == [(0, True), *((place, False) for place in range(1, LENGTH)), (0, True)]
 
@@ -181,7 +196,7 @@ def test_who_does_as_the_walker_would_is_left_alone(walker, monkeypatch):
         (detour, JUMP, detour.actions),
         (Plan([RIGHT, JUMP]), RIGHT, []),
         (Plan([RIGHT, JUMP]), JUMP, [RIGHT, JUMP]),
-        (Plan([BACK], easy=False, hopeless=True), RIGHT, []),
+        (Plan([BACK], easy=False, hopeless=True), RIGHT, None),
     ):
         monkeypatch.setattr(walker, "forgives", lambda state, action: False)
         monkeypatch.setattr(walker, "plan", lambda state, plan=plan: plan)
@@ -190,6 +205,7 @@ def test_who_does_as_the_walker_would_is_left_alone(walker, monkeypatch):
 
 def test_what_is_shown_to_who_stands_still_is_long_enough_for_a_clip(monkeypatch):
     monkeypatch.setattr(procgen, "EPISODE_STEPS", 100)
+    monkeypatch.setattr(corrections, "FOLLOWED", 0.0)
     game = Procgen("coinrun")
     game.load_learner = lambda *_: lambda seed: Always(WAIT)
     options = dataclasses.replace(OPTIONS, learner="who waits", clip_length=24, min_clip_length=24)
@@ -197,7 +213,7 @@ def test_what_is_shown_to_who_stands_still_is_long_enough_for_a_clip(monkeypatch
     levels = [level for level in levels_of(played, 0) if level.end < 100]
     whole = [level.end - level.begin for level in levels if not level.ended]
     assert len(whole) > 1
-    assert min(whole) == 24
+    assert whole == [24, *[1 + 24] * (len(whole) - 1)]
 
 
 def test_who_jumps_blindly_is_left_alone_but_where_it_would_die(walker):
