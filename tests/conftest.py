@@ -1,13 +1,16 @@
 """Fixtures that are dear to make, shared by the tests: a tiny dataset, tiny models, a compile cache."""
 
 import contextlib
+import fcntl
 import importlib
 import io
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +20,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("JAFAR_TEST_CACHE", ROOT / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# A model that is called without jit compiles its scan anew at each call, in less than the second from which on JAX
+# would cache that.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 # A shell that starts tests in the background has them, and what they start, ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests compile much and compute little: with LLVM's optimizations off a training script takes two thirds of the time.
@@ -71,9 +76,31 @@ def make_dataset(folder: Path, shape: tuple[int, int, int] = FRAME, clips: int =
     return folder
 
 
+@pytest.fixture(autouse=True)
+def same_flags(monkeypatch):
+    """A measurement adds a flag for GPUs to XLA's. It goes with its test, for programs are cached by their flags."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+
+
+def once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first of pytest-xdist's workers to ask for it makes, for all of them; nobody writes into it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers' folders
+    folder, done = base / name, base / f"{name}.done"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process dies
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that did not come to its end
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("dataset"))
+    return once(tmp_path_factory, "dataset", make_dataset)
 
 
 MODEL = ["--model.width", "16", "--model.num_heads", "2", "--model.num_blocks", "1"]
@@ -107,7 +134,12 @@ def script(
 
 
 def here(name: str, *flags: object, check: bool = True) -> subprocess.CompletedProcess:
-    """The same in this process, which has imported and compiled most of it already."""
+    """The same in this process, which has imported and compiled most of it already.
+
+    A process of its own does it where this one would compute on another device than `script`.
+    """
+    if [device.platform for device in jax.devices()] != ["cpu"]:
+        return script(name, *flags, check=check)
     module, argv = importlib.import_module(name), [f"{name}.py", *map(str, flags)]
     told, errors = io.StringIO(), io.StringIO()
     with (
@@ -126,27 +158,24 @@ def here(name: str, *flags: object, check: bool = True) -> subprocess.CompletedP
     return done
 
 
+def train(root: Path, dataset: Path) -> None:
+    """Trains a tokenizer, a LAM and a world for a few steps."""
+    shared = ["--data_dir", dataset, "--num_steps", 6, "--log_interval", 1, "--val_interval", 3]
+    shared += ["--checkpoint_interval", 3, "--compile_cache", CACHE]
+    here("train_tokenizer", *TOKENIZER, "--ckpt_dir", root / "tokenizer", *shared)
+    here("train_lam", *LAM, "--ckpt_dir", root / "lam", *shared)
+    parts = ["--tokenizer_checkpoint", root / "tokenizer", "--lam_checkpoint", root / "lam"]
+    here("train_dynamics", *SMALL, "--ckpt_dir", root / "world", *parts, *shared)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, dataset) -> dict[str, Path]:
-    """Folders of a tokenizer, a LAM and a world, each trained for a few steps by its script."""
-    root = tmp_path_factory.mktemp("trained")
-    shared = [
-        "--data_dir",
-        dataset,
-        "--num_steps",
-        6,
-        "--log_interval",
-        1,
-        "--val_interval",
-        3,
-        "--compile_cache",
-        CACHE,
-    ]
-    shared += ["--checkpoint_interval", 3]
-    script("train_tokenizer", *TOKENIZER, "--ckpt_dir", root / "tokenizer", *shared)
-    script("train_lam", *LAM, "--ckpt_dir", root / "lam", *shared)
-    parts = ["--tokenizer_checkpoint", root / "tokenizer", "--lam_checkpoint", root / "lam"]
-    script("train_dynamics", *SMALL, "--ckpt_dir", root / "world", *parts, *shared)
+    """Folders of a tokenizer, a LAM and a world, each trained for a few steps by its script.
+
+    Each worker has copies of its own: evaluate.py writes labels of actions into them, and trainings lock them.
+    """
+    made = once(tmp_path_factory, "trained", lambda root: train(root, dataset))
+    root = shutil.copytree(made, tmp_path_factory.mktemp("trained"), dirs_exist_ok=True)
     return {name: root / name for name in ("tokenizer", "lam", "world")}
 
 

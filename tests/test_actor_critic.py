@@ -7,6 +7,7 @@ earns 10, the step from 6 on ends the level, lost.
 import dataclasses
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ from models.policy import AgentConfig, Policy, PolicyConfig
 from models.sampling import SamplingConfig
 from models.tokenizer import TokenizerConfig
 from tests.conftest import CACHE, make_clip
+from tests.test_train import losses
 from utils.data import Batch
 from utils.optim import OptimConfig, make_optimizer
 from utils.records import Metadata, write_metadata, write_shard
@@ -281,10 +283,14 @@ def test_who_it_was_before_plays_beside_it(improved, clone):
     assert evaluate_policy.clone_of(str(clone)) is None
 
 
-def test_it_resumes_exactly(improved, world, clone, tmp_path):
-    improve(world, clone, tmp_path, num_steps=2)
-    improve(world, clone, tmp_path)
-    whole = (variables(load(folder, "actor_critic")) for folder in (improved, tmp_path))
+def test_it_resumes_exactly(improved, world, clone, tmp_path, capsys):
+    resumed = tmp_path / "resumed"
+    shutil.copytree(improved, resumed)
+    shutil.rmtree(resumed / "4")
+    improve(world, clone, resumed)
+    assert "at step 2" in capsys.readouterr().out
+    assert losses(resumed) == losses(improved)
+    whole = (variables(load(folder, "actor_critic")) for folder in (improved, resumed))
     jax.tree.map(np.testing.assert_array_equal, *whole)
 
 

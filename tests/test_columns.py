@@ -20,7 +20,7 @@ from play import Config, load_game
 from player.chosen import listed_actions, swept_actions
 from player.controls import Controls
 from sample import choose_actions
-from tests.conftest import CACHE, FRAME, SMALL, here, make_clip, script
+from tests.conftest import CACHE, FRAME, SMALL, here, make_clip
 from tests.test_play import CHROMIUM, browsing, server_process, serving
 from utils.actions import ActionColumn
 from utils.data import ClipSource
@@ -52,6 +52,7 @@ def test_every_column_is_heard_by_the_frame_that_it_leads_to(kind, action_token)
     hidden = jnp.ones_like(tokens, bool)
     actions = jnp.zeros((1, 2, 3))
 
+    @jax.jit
     def logits(actions_BTm1):
         return model(tokens, hidden, actions_to(actions_BTm1)).logits_BTNK
 
@@ -101,7 +102,7 @@ def rows_world(rows_dataset, trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("world")
     flags = ["--data_dir", rows_dataset, "--tokenizer_checkpoint", trained["tokenizer"], "--ckpt_dir", out]
     flags += ["--num_steps", 4, "--val_interval", 2, "--checkpoint_interval", 2, "--compile_cache", CACHE]
-    script("train_dynamics", *SMALL, *flags, "--use_gt_actions")
+    here("train_dynamics", *SMALL, *flags, "--use_gt_actions")
     return out
 
 
@@ -154,7 +155,7 @@ def test_swept_rows_do_one_thing_each():
 
 def test_the_world_is_measured(rows_world, tmp_path):
     flags = ["--num_clips", 4, "--rollout_clips", 4, "--long_frames", 8, "--steps", 2]
-    script("evaluate", "--checkpoint", rows_world, "--output_dir", tmp_path, *flags)
+    here("evaluate", "--checkpoint", rows_world, "--output_dir", tmp_path, *flags)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert np.isfinite(
         metrics["delta_psnr_t4"]["mean"] if isinstance(metrics["delta_psnr_t4"], dict) else metrics["delta_psnr_t4"]

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from models.stored import checkpoint_steps
-from tests.conftest import LAM, ROOT, SMALL, TOKENIZER, XLA_FLAGS, script
+from tests.conftest import LAM, ROOT, SMALL, TOKENIZER, XLA_FLAGS, here, script
 from tests.test_train import assert_same, flags, lines, losses, stored
 from utils.sharding import batch_sharding, sees_all_devices, start_distributed, state_sharding
 
@@ -56,7 +56,7 @@ def test_resume_on_eight_devices_and_back_on_one(fsdp, half, trained, dataset):
     name, model = model_of("tokenizer", trained)
     folder = half("tokenizer")
     script(name, *model, *flags(dataset, folder), "--num_steps", 5, "--fsdp", fsdp, devices=8)
-    script(name, *model, *flags(dataset, folder), "--num_steps", 6, devices=1)
+    here(name, *model, *flags(dataset, folder), "--num_steps", 6)
     # The learning rate depends on num_steps: compare up to where both runs were meant for the same number.
     assert_close(
         {s: v for s, v in losses(folder).items() if s < 5}, {s: losses(trained["tokenizer"])[s] for s in range(1, 5)}
@@ -91,7 +91,7 @@ def test_a_world_resumes_sharded(half, trained, dataset):
 @pytest.mark.parametrize("kind", ["tokenizer", "world"])
 def test_gradient_accumulation_equals_the_large_batch(kind, trained, dataset, tmp_path):
     name, model = model_of(kind, trained)
-    script(name, *model, *flags(dataset, tmp_path), "--grad_accum", 4)
+    here(name, *model, *flags(dataset, tmp_path), "--grad_accum", 4)
     assert_close(losses(tmp_path), losses(trained[kind]))
     one, many = stored(trained[kind], 6), stored(tmp_path, 6)
     for path, value in one.items():
@@ -133,7 +133,7 @@ def test_many_processes_learn_what_one_does(kind, count, trained, dataset, tmp_p
     assert "step 4/6" not in outputs[1]  # the first process alone reports
     assert_close(losses(tmp_path), losses(trained[kind]))
     shutil.rmtree(tmp_path / "6")
-    script(name, *model, *flags(dataset, tmp_path))
+    here(name, *model, *flags(dataset, tmp_path))
     assert_close(losses(tmp_path), losses(trained[kind]))
     assert checkpoint_steps(tmp_path)[-1] == 6
 
@@ -164,13 +164,17 @@ def test_a_process_whose_others_do_not_come_gives_up_in_a_line():
     assert line.startswith("error: process 1 of 2: the others did not come in 3 s; start all with one srun or mpirun")
 
 
-def kill_at_random_moments(command, folder, kills, rng):
-    """Starts a training again and again, each time with SIGKILL at a random step, then lets it finish."""
+def kill_at_random_moments(command, folder, kills, most, rng):
+    """Starts a training again and again, each time with SIGKILL at a random step, then lets it finish.
+
+    Args:
+      most: Steps after which it is killed at the latest, where that is not while it saves.
+    """
     file = folder / "metrics.jsonl"
     names = lambda: {path.name for path in folder.iterdir()} if folder.exists() else set()
     logged = lambda: max(map(int, re.findall(r'"step": (\d+)', file.read_text())), default=0) if file.exists() else 0
     for _ in range(kills):
-        before, on_save, until = names(), rng.random() < 0.5, logged() + rng.randint(1, 48 // kills)
+        before, on_save, until = names(), rng.random() < 0.5, logged() + rng.randint(1, most)
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         # Just when a checkpoint is being written, or else anywhere.
@@ -186,30 +190,30 @@ def kill_at_random_moments(command, folder, kills, rng):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.slow)])
-def test_a_killed_run_ends_like_an_unkilled_one(kills, trained, dataset, tmp_path):
+@pytest.mark.parametrize(("kills", "last"), [(3, 30), pytest.param(12, 60, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_like_an_unkilled_one(kills, last, trained, dataset, tmp_path):
     name, model = model_of("tokenizer", trained)
-    steps = ["--num_steps", 60, "--checkpoint_interval", 3, "--val_interval", 30]
-    script(name, *model, *flags(dataset, tmp_path / "calm"), *steps)
+    steps = ["--num_steps", last, "--checkpoint_interval", 3, "--val_interval", last // 2]
+    here(name, *model, *flags(dataset, tmp_path / "calm"), *steps)
     command = [sys.executable, f"{name}.py", *model, *flags(dataset, tmp_path / "killed"), *steps]
-    kill_at_random_moments([str(word) for word in command], tmp_path / "killed", kills, random.Random(kills))
+    most = last * 4 // 5 // kills  # so that it is killed for the last time before it ends
+    kill_at_random_moments([str(word) for word in command], tmp_path / "killed", kills, most, random.Random(kills))
     assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
     for item in ("model", "optimizer"):
-        assert_same(stored(tmp_path / "killed", 60, item), stored(tmp_path / "calm", 60, item))
+        assert_same(stored(tmp_path / "killed", last, item), stored(tmp_path / "calm", last, item))
 
 
 def test_rollouts_spread_over_devices_and_stay_the_same(trained, tmp_path):
     flags_ = ["--checkpoint", trained["world"], "--steps", 2, "--num_clips", 2, "--temperature", 0]
-    tables = []
-    for devices in (1, 2):
-        out = tmp_path / str(devices)
-        script("sample", *flags_, "--output_dir", out, devices=devices)
-        tables.append(json.loads((out / "rollout.json").read_text())["psnr"])
-    np.testing.assert_allclose(tables[1], tables[0], rtol=1e-3)
+    here("sample", *flags_, "--output_dir", tmp_path / "one")
+    script("sample", *flags_, "--output_dir", tmp_path / "two", devices=2)
+    one, two = (json.loads((tmp_path / out / "rollout.json").read_text())["psnr"] for out in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-3)
 
 
 def test_a_trace_and_the_gradients_of_each_component_are_written(dataset, tmp_path):
     watch = ["--num_steps", 16, "--profile", "--log_gradients", "--debug_nans"]
+    watch += ["--val_interval", 16, "--checkpoint_interval", 16]
     script("train_tokenizer", *TOKENIZER, *flags(dataset, tmp_path), *watch)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     parts = {name.removeprefix("grad_norm/") for name in lines(tmp_path)[0] if name.startswith("grad_norm/")}
@@ -224,7 +228,7 @@ def test_a_save_that_finds_no_room_names_the_last_good_checkpoint(half, trained,
     assert done.returncode == 1
     assert f"the last good checkpoint is {folder}/3" in done.stderr
     assert checkpoint_steps(folder) == [3]
-    script(name, *model, *flags(dataset, folder))  # once there is room again, the curve goes on
+    here(name, *model, *flags(dataset, folder))  # once there is room again, the curve goes on
     assert losses(folder) == losses(trained["tokenizer"])
     assert_same(stored(folder, 6), stored(trained["tokenizer"], 6))
 
@@ -251,24 +255,26 @@ def test_a_folder_that_vanishes_stops_the_training(trained, dataset, tmp_path):
 
 def test_retention_keeps_latest_every_and_best(trained, dataset, tmp_path):
     name, model = model_of("tokenizer", trained)
-    keep = ["--keep_latest", 1, "--keep_every", 4, "--val_interval", 2, "--num_steps", 7, "--checkpoint_interval", 1]
-    wrong = script(name, *model, *flags(dataset, tmp_path), *keep, "--keep_best", "val_psrn", check=False)
+    keep = ["--keep_latest", 1, "--keep_every", 5, "--val_interval", 2, "--checkpoint_interval", 1]
+    wrong = here(name, *model, *flags(dataset, tmp_path), *keep, "--keep_best", "val_psrn", check=False)
     assert "--keep_best val_psrn: a validation gives val_loss" in wrong.stderr
-    script(name, *model, *flags(dataset, tmp_path), *keep, "--keep_best", "val_psnr")
+    here(name, *model, *flags(dataset, tmp_path), *keep, "--keep_best", "val_psnr")
     scores = {line["step"]: line["val_psnr"] for line in lines(tmp_path) if "val_psnr" in line}
-    assert checkpoint_steps(tmp_path) == sorted({4, 7, max(scores, key=scores.get)})
+    assert checkpoint_steps(tmp_path) == sorted({5, 6, max(scores, key=scores.get)})
 
 
 def test_a_moving_average_is_saved_and_sampled_from(trained, dataset, tmp_path):
     from models.genie import load_tokenizer
 
     name, model = model_of("tokenizer", trained)
-    script(name, *model, *flags(dataset, tmp_path), "--num_steps", 3, "--ema_decay", 0.5)
+    command = [name, *model, *flags(dataset, tmp_path), "--num_steps", 5, "--ema_decay", 0.5]
+    here(*command)
+    shutil.rmtree(tmp_path / "5")  # as if stopped after step 3
     average, last = stored(tmp_path, 3, "ema"), stored(tmp_path, 3)
     kernel = "['patch_in']['kernel']"
     assert np.any(average[kernel] != last[kernel])
     np.testing.assert_array_equal(load_tokenizer(tmp_path).patch_in.kernel[...], average[kernel])
-    script(name, *model, *flags(dataset, tmp_path), "--num_steps", 5, "--ema_decay", 0.5)
+    here(*command)
     assert checkpoint_steps(tmp_path) == [3, 5]  # the last step is saved, whatever the interval
 
 
@@ -289,7 +295,7 @@ def test_wandb_gets_the_curve(trained, dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     name, model = model_of("tokenizer", trained)
-    script(name, *model, *flags(dataset, tmp_path), "--num_steps", 2, "--log", "--entity", "us", "--project", "worlds")
+    script(name, *model, *flags(dataset, tmp_path), "--log", "--entity", "us", "--project", "worlds")
     runs = list(tmp_path.rglob("run-*.wandb"))
     assert len(runs) == 1
     assert b"val_psnr" in runs[0].read_bytes()

@@ -417,7 +417,7 @@ def trained_flow(trained, dataset, tmp_path_factory):
     """A world trained for six steps, in which no tokenizer is looked for."""
     folder = tmp_path_factory.mktemp("flow") / "world"
     given = [*WORLD, *flags(dataset, folder), "--lam_checkpoint", trained["lam"], "--tokenizer_checkpoint", "nowhere"]
-    script("train_dynamics", *given)
+    here("train_dynamics", *given)
     return folder, given
 
 
@@ -426,7 +426,7 @@ def test_a_flow_resumes_exactly(trained_flow, tmp_path):
     copy = tmp_path / "world"
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "6")
-    script("train_dynamics", *given, "--ckpt_dir", copy)
+    script("train_dynamics", *given, "--ckpt_dir", copy)  # in another process
     assert losses(copy) == losses(folder)
     for item in ("model", "optimizer"):
         assert_same(stored(copy, 6, item), stored(folder, 6, item))
@@ -437,10 +437,10 @@ def test_a_flow_learns_alike_on_many_devices_in_processes_and_recomputed(trained
     folder, given = trained_flow
     script("train_dynamics", *given, "--ckpt_dir", tmp_path / "fsdp", "--fsdp", 2, devices=4)
     processes(2, "train_dynamics", *given, "--ckpt_dir", tmp_path / "two")
-    script("train_dynamics", *given, "--ckpt_dir", tmp_path / "parts", "--grad_accum", 4, "--remat", "block")
+    here("train_dynamics", *given, "--ckpt_dir", tmp_path / "parts", "--grad_accum", 4, "--remat", "block")
     for name in ("fsdp", "two", "parts"):
         assert_close(losses(tmp_path / name), losses(folder))
-    script("train_dynamics", *given, "--ckpt_dir", tmp_path / "half", "--dtype", "bfloat16", "--remat", "dots")
+    here("train_dynamics", *given, "--ckpt_dir", tmp_path / "half", "--dtype", "bfloat16", "--remat", "dots")
     np.testing.assert_allclose(list(losses(tmp_path / "half").values()), list(losses(folder).values()), rtol=0.05)
 
 
@@ -482,7 +482,7 @@ def test_what_a_flow_cannot_learn_from_is_refused(trained, dataset, tmp_path):
 @pytest.mark.slow
 def test_a_world_with_a_joint_lam_trains_and_is_measured(dataset, tmp_path):
     lam = ["--lam.width", 16, "--lam.num_heads", 2, "--lam.num_blocks", 1, "--lam.patch_size", 8, "--lam.num_codes", 3]
-    script("train_dynamics", *WORLD, *flags(dataset, tmp_path), "--joint_lam", *lam, "--num_steps", 3)
+    here("train_dynamics", *WORLD, *flags(dataset, tmp_path), "--joint_lam", *lam, "--num_steps", 3)
     world = load_world(tmp_path)
     np.testing.assert_allclose(world.dynamics.codes_AL[:-1], world.lam.vq.codebook_KL, atol=1e-6)
     assert any("['lam']['encoder']" in name for name in stored(tmp_path, 3, "optimizer"))

@@ -21,7 +21,7 @@ from models.latents import Bottleneck
 from models.nn import Compute, Past
 from models.tokenizer import Tokenizer, TokenizerConfig
 from sources.tokens import TokenOptions, write_tokens
-from tests.conftest import CACHE, FRAME, SMALL, script
+from tests.conftest import CACHE, FRAME, SMALL, here, script
 from utils.action_source import TrueActions
 from utils.data import Batch, ClipSource
 from utils.parts import world_config
@@ -148,7 +148,7 @@ def trained(tmp_path_factory, dataset):
     folder = tmp_path_factory.mktemp("latents") / "mae"
     flags = [*MAE, "--data_dir", dataset, "--compile_cache", CACHE, "--num_steps", 4, "--checkpoint_interval", 2]
     flags += ["--val_interval", 4, "--log_interval", 1, "--val_batches", 1, "--ema_decay", 0.5]
-    script("train_tokenizer", *flags, "--ckpt_dir", folder)
+    here("train_tokenizer", *flags, "--ckpt_dir", folder)
     return folder, flags
 
 

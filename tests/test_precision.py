@@ -2,6 +2,8 @@
 becomes of gradients: parts of a batch, the optimizer, the moving average.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +115,7 @@ def test_in_sixteen_bits_no_float32_copy_is_kept(what):
     assert what == "squared_relu" or sum(kept(plain_back)) > 2 * given.nbytes
 
 
+@functools.cache
 def gradient(remat):
     model = STTransformer(STConfig(**SIZE), Compute(remat=remat), nnx.Rngs(0), Places(2))
     graphdef, params = nnx.split(model)

@@ -4,6 +4,7 @@ end, the parts of the clockwork one by one.
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -28,7 +29,19 @@ from models.stored import checkpoint_steps
 from models.tokenizer import Tokenizer, TokenizerConfig
 from sample import choose_actions, known_actions
 from sources.images import read_image
-from tests.conftest import CACHE, FRAME, LAM, ROOT, SMALL, TOKENIZER, here, make_clip, make_dataset, script
+from tests.conftest import (
+    CACHE,
+    FRAME,
+    LAM,
+    ROOT,
+    SMALL,
+    TOKENIZER,
+    here,
+    make_clip,
+    make_dataset,
+    on_devices,
+    script,
+)
 from utils import progress
 from utils.checkpoint import HARMLESS, SPOKEN_OF, CheckpointConfig, Checkpoints, write_config
 from utils.cli import with_flags
@@ -122,7 +135,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind, trained, dataset, tmp_p
         model += ["--tokenizer_checkpoint", trained["tokenizer"]]
     else:
         name, model = f"train_{kind}", TOKENIZER if kind == "tokenizer" else LAM
-    done = script(name, *model, *flags(dataset, folder))
+    done = script(name, *model, *flags(dataset, folder))  # in another process
     assert "at step 3" in done.stdout
     assert losses(folder) == losses(trained[kind])
     assert [line["step"] for line in lines(folder)] == [line["step"] for line in lines(trained[kind])]
@@ -133,7 +146,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind, trained, dataset, tmp_p
 def test_a_world_with_a_lam_trained_along_and_one_with_true_actions(trained, dataset, tmp_path):
     parts = ["--tokenizer_checkpoint", trained["tokenizer"], "--num_steps", 3]
     lam = ["--lam.width", 16, "--lam.num_heads", 2, "--lam.num_blocks", 1, "--lam.patch_size", 8, "--lam.num_codes", 3]
-    script("train_dynamics", *SMALL, *flags(dataset, tmp_path / "co"), *parts, *lam)
+    here("train_dynamics", *SMALL, *flags(dataset, tmp_path / "co"), *parts, *lam)
     before, after = stored(tmp_path / "co", 3), load_world(tmp_path / "co")
     assert after.num_actions == 3
     assert any("lam" in name for name in stored(tmp_path / "co", 3, "optimizer"))
@@ -141,7 +154,7 @@ def test_a_world_with_a_lam_trained_along_and_one_with_true_actions(trained, dat
     assert_same(tokenizer, {n: v for n, v in before.items() if n.startswith("['tokenizer']")})
     assert "lam_loss" in lines(tmp_path / "co")[0]
 
-    script("train_dynamics", *SMALL, *flags(dataset, tmp_path / "gt"), *parts, "--use_gt_actions")
+    here("train_dynamics", *SMALL, *flags(dataset, tmp_path / "gt"), *parts, "--use_gt_actions")
     world = load_world(tmp_path / "gt")
     assert world.lam is None
     assert world.num_actions == 2
@@ -152,10 +165,10 @@ def test_a_world_with_a_lam_trained_along_and_one_with_true_actions(trained, dat
 def test_another_kind_of_world_trains_resumes_and_plays(trained, dataset, tmp_path, kind):
     parts = ["--tokenizer_checkpoint", trained["tokenizer"], "--lam_checkpoint", trained["lam"]]
     other = [*SMALL, *parts, "--model.kind", kind]
-    script("train_dynamics", *other, *flags(dataset, tmp_path / "world"))
+    here("train_dynamics", *other, *flags(dataset, tmp_path / "world"))
     whole = stored(tmp_path / "world", 6)
     shutil.rmtree(tmp_path / "world" / "6")
-    script("train_dynamics", *other, *flags(dataset, tmp_path / "world"))
+    script("train_dynamics", *other, *flags(dataset, tmp_path / "world"))  # in another process
     assert_same(stored(tmp_path / "world", 6), whole)
     done = here("sample", "--checkpoint", tmp_path / "world", "--num_frames", 9, "--num_clips", 2)
     assert len(done.stdout.splitlines()) == 12
@@ -178,9 +191,9 @@ def test_stored_tokens_give_the_loss_of_the_frames(trained, tmp_path):
     done = script(*making, "--seq_len", 6, "--batch_size", 8)
     assert "36 clips of 6 frames as tokens" in done.stdout
     for name, data in (("plain", frames), ("stored", tokens)):
-        script("train_dynamics", *SMALL, *parts, *flags(data, tmp_path / name))
+        here("train_dynamics", *SMALL, *parts, *flags(data, tmp_path / name))
     # Such a world is sampled from the frames behind its tokens.
-    script("sample", "--checkpoint", tmp_path / "stored", "--steps", 1, "--num_clips", 2)
+    here("sample", "--checkpoint", tmp_path / "stored", "--steps", 1, "--num_clips", 2)
     assert (tmp_path / "stored" / "samples" / "rollout.gif").exists()
     plain, stored_ = losses(tmp_path / "plain"), losses(tmp_path / "stored")
     assert plain.keys() == stored_.keys()
@@ -217,10 +230,10 @@ def another_tokenizer(trained, tmp_path):
 def test_rerunning_a_finished_training_does_nothing_and_more_steps_continue_it(trained, dataset, tmp_path):
     folder = tmp_path / "tokenizer"
     shutil.copytree(trained["tokenizer"], folder)
-    done = script("train_tokenizer", *TOKENIZER, *flags(dataset, folder))
+    done = here("train_tokenizer", *TOKENIZER, *flags(dataset, folder))
     assert "already at step 6" in done.stdout
     assert losses(folder) == losses(trained["tokenizer"])
-    script("train_tokenizer", *TOKENIZER, *flags(dataset, folder), "--num_steps", 8)
+    here("train_tokenizer", *TOKENIZER, *flags(dataset, folder), "--num_steps", 8)
     assert sorted(losses(folder)) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
@@ -249,7 +262,7 @@ def refused(done):
 
 def test_a_nan_loss_stops_before_anything_is_overwritten(dataset, tmp_path):
     wild = ["--learning_rate", 1e30, "--warmup_steps", 0, "--checkpoint_interval", 1, "--grad_clip", 0]
-    message = refused(script("train_tokenizer", *TOKENIZER, *flags(dataset, tmp_path), *wild, check=False))
+    message = refused(here("train_tokenizer", *TOKENIZER, *flags(dataset, tmp_path), *wild, check=False))
     assert any(name in message for name in ("loss is", "grad_norm is", "param_norm is"))
     steps = checkpoint_steps(tmp_path)
     assert steps
@@ -308,8 +321,7 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(dataset, tmp_path):
 def test_sample_writes_videos_a_strip_and_a_table(trained, tmp_path):
     for actions in ("inferred", "random", "0,1"):
         out = tmp_path / actions
-        run = script if actions == "inferred" else here
-        done = run("sample", "--checkpoint", trained["world"], "--actions", actions, "--steps", 2, "--output_dir", out)
+        done = here("sample", "--checkpoint", trained["world"], "--actions", actions, "--steps", 2, "--output_dir", out)
         assert {p.name for p in out.iterdir()} >= {"rollout.gif", "rollout.mp4", "rollout.png"}
         assert (out / "rollout.json").exists() == (actions == "inferred")
     table = json.loads((tmp_path / "inferred" / "rollout.json").read_text())
@@ -333,9 +345,37 @@ def test_given_actions_begin_after_the_prompt(trained, dataset):
     np.testing.assert_array_equal(choose_actions(as_inferred, world, clips, (), 3), inferred[:, 2:5])
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted(ROOT.glob("*.py"))])
-def test_help_explains_every_flag(name):
-    text = script(name, "--help").stdout
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
+HELP = """if True:
+    import runpy
+    import sys
+
+    for name in sys.argv[1:]:
+        sys.argv = [f"{name}.py", "--help"]
+        print(f"\\f{name}", flush=True)
+        try:
+            runpy.run_path(f"{name}.py", run_name="__main__")
+        except SystemExit as stopped:
+            print(f"\\f{stopped.code or 0}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def helped():
+    """What each script answers to --help, with its exit status; by one process, since imports take most of the time."""
+    command = [sys.executable, "-c", HELP, *SCRIPTS]
+    env = os.environ | on_devices(1)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = done.stdout.split("\f")[1:]  # in turns what a script says after its name, and its status
+    answers = [text.partition("\n") for text in told[::2]]
+    return {name: (text, status.strip()) for (name, _, text), status in zip(answers, told[1::2], strict=True)}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_explains_every_flag(name, helped):
+    text, status = helped[name]
+    assert status == "0"
     # At the left, behind a box's side where one is drawn; explanations are indented.
     flags_ = re.split(r"\n\W{0,2}(?=--[a-z])", text.partition("-h, --help")[2])[1:]
     assert len(flags_) >= 2
@@ -639,18 +679,18 @@ def test_trainings_begin_with_a_checkpoint_and_resume_without_it(trained, datase
     copy = tmp_path / "world"
     shutil.copytree(trained["world"], copy)
     lam = [*LAM, *flags(dataset, tmp_path / "lam"), "--num_steps", 2, "--model.num_codes", 4]
-    done = script("train_lam", *lam, "--init_from", copy)
+    done = here("train_lam", *lam, "--init_from", copy)
     assert f"begins with {copy}: " in done.stdout
     assert "sums_KL 4×4, there 3×4" in done.stdout
     begun = {name: value for name, value in stored(tmp_path / "lam", 2).items() if "updates" in name}
     assert [int(value) for value in begun.values()] == [8]
     parts = ["--tokenizer_checkpoint", trained["tokenizer"], "--lam_checkpoint", tmp_path / "lam", "--num_steps", 2]
     world = [*SMALL, *flags(dataset, tmp_path / "new"), *parts]
-    done = script("train_dynamics", *world, "--init_from", copy)
+    done = here("train_dynamics", *world, "--init_from", copy)
     assert "values of the dynamics taken, new: action_embedding 5×16, there 4×16" in done.stdout
     shutil.rmtree(copy)
     for name, command in (("new", ["train_dynamics", *world]), ("lam", ["train_lam", *lam])):
-        done = script(*command, "--num_steps", 3)
+        done = script(*command, "--num_steps", 3)  # in another process
         assert "at step 2" in done.stdout
         assert "begins with" not in done.stdout
         assert json.loads((tmp_path / name / "config.json").read_text())["train"]["init_from"] == str(copy)

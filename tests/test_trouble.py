@@ -28,7 +28,7 @@ from models.genie import load_tokenizer
 from models.nn import Compute
 from models.stored import checkpoint_steps
 from models.tokenizer import Tokenizer, TokenizerConfig
-from tests.conftest import FRAME, ROOT, TOKENIZER, make_clip, script
+from tests.conftest import FRAME, ROOT, TOKENIZER, here, make_clip, script
 from tests.test_train import flags, losses, refused, stored
 from utils import cli, data, lock
 from utils.data import ClipSource, check_shared_memory
@@ -154,7 +154,7 @@ def test_a_second_training_is_refused_and_a_dead_one_forgotten(holder, tmp_path)
 
 
 def test_the_script_says_so_in_a_line(holder, dataset, tmp_path):
-    message = refused(script("train_tokenizer", *TOKENIZER, *flags(dataset, tmp_path / "t"), check=False))
+    message = refused(here("train_tokenizer", *TOKENIZER, *flags(dataset, tmp_path / "t"), check=False))
     assert f"--ckpt_dir {tmp_path / 't'}: process {holder.pid} on" in message
     assert not (tmp_path / "t" / "config.json").exists()
 

@@ -22,7 +22,7 @@ from models.heads import HeadsConfig
 from models.lam import LAMConfig
 from models.nn import Compute
 from models.tokenizer import TokenizerConfig
-from tests.conftest import CACHE, ROOT, SMALL, make_clip, script
+from tests.conftest import CACHE, ROOT, SMALL, here, make_clip
 from utils.records import Metadata, write_metadata, write_shard
 
 SIZE = {"width": 16, "num_heads": 2, "num_blocks": 1}
@@ -66,7 +66,7 @@ def world(tmp_path_factory):
 def test_heads_are_trained_stored_and_scored(world, tmp_path):
     flags = ["--num_steps", 2, "--val_interval", 2, "--compile_cache", CACHE, "--heads", "reward,end"]
     parts = ["--tokenizer_checkpoint", world, "--lam_checkpoint", world, "--data_dir", world / "data"]
-    script("train_dynamics", *SMALL, *flags, *parts, "--ckpt_dir", tmp_path / "world")
+    here("train_dynamics", *SMALL, *flags, *parts, "--ckpt_dir", tmp_path / "world")
     rows = [json.loads(line) for line in (tmp_path / "world" / "metrics.jsonl").read_text().splitlines()]
     val = next(row for row in rows if "val_loss" in row)
     assert 0 < val["val_end_ap_base"] < 0.2
