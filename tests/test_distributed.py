@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 from models.stored import checkpoint_steps
 from tests.conftest import LAM, ROOT, SMALL, TOKENIZER, XLA_FLAGS, here, script
 from tests.test_train import assert_same, flags, lines, losses, stored
-from utils.sharding import batch_sharding, sees_all_devices, start_distributed, state_sharding
+from utils import sharding
+from utils.sharding import batch_sharding, leave, sees_all_devices, start_distributed, state_sharding
 
 
 def assert_close(a, b):
@@ -337,6 +339,20 @@ VARIABLES = {
     *("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE", "SLURM_PROCID"),
     *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "TPU_WORKER_HOSTNAMES", "CUDA_VISIBLE_DEVICES"),
 }
+
+
+def test_a_process_leaves_the_others_before_their_server_ends(monkeypatch):
+    done = []
+    client = SimpleNamespace(shutdown=lambda: done.append("leaves"))
+    service = SimpleNamespace(shutdown=lambda: done.append("ends"))
+    state = SimpleNamespace(client=client, service=service)
+    monkeypatch.setattr(sharding.distributed, "global_state", state)
+    monkeypatch.setattr(sharding.time, "sleep", lambda seconds: done.append(seconds))
+    leave()
+    assert done == ["leaves", sharding.PAUSE_S]
+    assert state.client is None  # so that JAX does not shut it down once more
+    leave()
+    assert len(done) == 2  # nothing for a process that is alone, or has left
 
 
 @pytest.fixture
