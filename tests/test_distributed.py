@@ -341,18 +341,19 @@ VARIABLES = {
 }
 
 
-def test_a_process_leaves_the_others_before_their_server_ends(monkeypatch):
+def test_the_first_process_leaves_the_others_before_their_server_ends(monkeypatch):
     done = []
-    client = SimpleNamespace(shutdown=lambda: done.append("leaves"))
-    service = SimpleNamespace(shutdown=lambda: done.append("ends"))
-    state = SimpleNamespace(client=client, service=service)
-    monkeypatch.setattr(sharding.distributed, "global_state", state)
+    parts = ("preemption_sync_manager", "client", "service")
+    for name in parts:
+        part = SimpleNamespace(shutdown=lambda name=name: done.append(name))
+        monkeypatch.setattr(sharding.distributed.global_state, name, part)
     monkeypatch.setattr(sharding.time, "sleep", lambda seconds: done.append(seconds))
     leave()
-    assert done == ["leaves", sharding.PAUSE_S]
-    assert state.client is None  # so that JAX does not shut it down once more
+    assert done == ["preemption_sync_manager", "client", sharding.PAUSE_S]
+    jax.distributed.shutdown()  # as JAX does at exit
+    assert done[3:] == ["service"]
     leave()
-    assert len(done) == 2  # nothing for a process that is alone, or has left
+    assert len(done) == 4  # nothing for a process that is alone, or has left
 
 
 @pytest.fixture

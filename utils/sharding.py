@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # its client has no public name
+from jax._src import distributed  # its server has no public name
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -82,10 +82,12 @@ def leave() -> None:
     JAX does both at once, and gRPC aborts a process whose server ends in the instant in which, its last call answered,
     it makes ready for the next one. So a training could end with everything saved and a core dump (once in hundreds).
     """
-    client, distributed.global_state.client = distributed.global_state.client, None
-    if client:
-        client.shutdown()
+    state = distributed.global_state
+    service, state.service = state.service, None
+    if service:  # in the first process
+        jax.distributed.shutdown()  # all else, in the order that JAX needs
         time.sleep(PAUSE_S)
+        state.service = service
 
 
 def tasks() -> tuple[int, int]:
