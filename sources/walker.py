@@ -208,7 +208,9 @@ def futures(env: Any, state: bytes, plans: list[list[int]], then: int, after: in
             alive_N &= ~first_N
         frames_NHWC = observation["rgb"][:, ::2, ::2].astype(np.int16)
         if last_NHWC is not None:
-            changed_NT[:, t] = (np.abs(frames_NHWC - last_NHWC).max(axis=-1) > 8).mean(axis=(1, 2))
+            r_NHW, g_NHW, b_NHW = np.moveaxis(np.abs(frames_NHWC - last_NHWC), -1, 0)
+            # Ten times as fast as the largest along so short an axis.
+            changed_NT[:, t] = (np.maximum(np.maximum(r_NHW, g_NHW), b_NHW) > 8).mean(axis=(1, 2))
         last_NHWC = frames_NHWC
         if not alive_N.any():
             break
