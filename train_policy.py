@@ -8,6 +8,7 @@ from a few labels which true action a latent one stands for, and plays.
 """
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import jax
@@ -37,6 +38,9 @@ class Config(TrainConfig):
     """What to predict: the actions that a LAM infers from the frames, or those that the dataset holds."""
     lam_checkpoint: str = "runs/lam"
     """--ckpt_dir of the training of the LAM, or of a world that holds one; for latent targets."""
+    decisions: int = 0
+    """Time steps of each window that are learned, drawn anew each time, where the action changes with five times the
+    chance: as much work then sees more windows. 0: all."""
     ckpt_dir: str = "runs/policy"
     """Folder of this training: checkpoints, config.json, metrics.jsonl, images. Running again resumes."""
     num_steps: int = 50_000
@@ -66,6 +70,11 @@ PRESETS = {
 """coinrun: for the data of Appendix F; not run on a GPU yet. tiny: what `make agent` runs."""
 
 
+OFTEN, SELDOM = 5.0, 0.1
+"""How many times as likely as another one a time step is drawn at which the action changes, and a window's first one,
+which looks as if nothing had moved. A change then counts 2 / OFTEN, so twice in all."""
+
+
 def targets(agent: Agent, batch: Batch, frames_BTHWC: jax.Array) -> jax.Array:
     """Actions (B, Tm1), int32, of which entry t leads from frame t to frame t + 1."""
     if agent.lam:
@@ -74,27 +83,59 @@ def targets(agent: Agent, batch: Batch, frames_BTHWC: jax.Array) -> jax.Array:
 
 
 def predict(agent: Agent, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Logits (B, S, A) of a policy that sees frames up to t alone, and the actions (B, S) that then lead to t + 1.
+    """Logits (B, S, A) of a policy that sees frames up to t alone, and the actions (B, S) that then lead to t + 1."""
+    frames = batch.frames_BTHWC.astype(jnp.float32) / 255
+    return agent.policy(seen(agent, frames)).logits_BTA, targets(agent, batch, frames)
 
-    What was before a window's first frame counts as that frame, as before a level's first one in play. Else it would
-    see still pictures where an expert stands, and nowhere else, and would stand as well.
+
+def seen(agent: Agent, frames_BTHWC: jax.Array) -> jax.Array:
+    """All frames by which something is chosen, from `context` - 1 before a window's first one on.
+
+    What was before that counts as that frame, as before a level's first one in play. Else a policy would see still
+    pictures where an expert stands, and nowhere else, and would stand as well.
+    """
+    before = jnp.repeat(frames_BTHWC[:, :1], agent.cfg.policy.context - 1, axis=1)
+    return jnp.concatenate([before, frames_BTHWC[:, :-1]], axis=1)
+
+
+def predict_some(agent: Agent, batch: Batch, chance_BS: jax.Array, num: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `predict`, of `num` time steps of each window, (B, K), with what each counts.
+
+    Args:
+      chance_BS: Gumbel's noise, by which they are drawn.
     """
     frames = batch.frames_BTHWC.astype(jnp.float32) / 255
-    before = jnp.repeat(frames[:, :1], agent.cfg.policy.context - 1, axis=1)
-    logits_BSA = agent.policy(jnp.concatenate([before, frames[:, :-1]], axis=1)).logits_BTA
-    return logits_BSA, targets(agent, batch, frames)
+    targets_BS = targets(agent, batch, frames)
+    changes_BS = jnp.pad(targets_BS[:, 1:] != targets_BS[:, :-1], ((0, 0), (1, 0)))
+    often_BS = jnp.where(changes_BS, OFTEN, 1.0).at[:, 0].set(SELDOM)
+    _, times_BK = jax.lax.top_k(chance_BS + jnp.log(often_BS), num)  # without repetition (Kool et al. 2019)
+    at_times = lambda x_BS: jnp.take_along_axis(x_BS, times_BK, axis=1)
+    weights_BK = jnp.where(at_times(changes_BS), 2 / OFTEN, 1.0)
+    context = agent.cfg.policy.context
+    windows = jax.vmap(lambda x, index: x[index])(seen(agent, frames), times_BK[..., None] + jnp.arange(context))
+    logits_XA = agent.policy(windows.reshape(-1, *windows.shape[2:])).logits_BTA[:, 0]
+    logits_BKA = logits_XA.reshape(*times_BK.shape, -1)
+    return logits_BKA, at_times(targets_BS), weights_BK
 
 
-def loss_fn(agent: Agent, batch: Batch) -> tuple[jax.Array, tuple]:
-    """Cross-entropy of the actions."""
-    logits_BSA, targets_BS = predict(agent, batch)
-    loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits_BSA, targets_BS))
-    return loss, ({"accuracy": jnp.mean(jnp.argmax(logits_BSA, axis=-1) == targets_BS)}, ())
+def loss_fn(agent: Agent, given: tuple[Batch, jax.Array | None], decisions: int = 0) -> tuple[jax.Array, tuple]:
+    """Cross-entropy of the actions: of a batch, and the noise by which `decisions` of its time steps are drawn."""
+    batch, chance_BS = given
+    if chance_BS is None:
+        logits_BKA, targets_BK = predict(agent, batch)
+        weights_BK = jnp.ones(targets_BK.shape)
+    else:
+        logits_BKA, targets_BK, weights_BK = predict_some(agent, batch, chance_BS, decisions)
+    loss = jnp.mean(weights_BK * optax.softmax_cross_entropy_with_integer_labels(logits_BKA, targets_BK))
+    return loss, ({"accuracy": jnp.mean(jnp.argmax(logits_BKA, axis=-1) == targets_BK)}, ())
 
 
 def train_step(state: TrainState, batch: Batch, key: jax.Array, cfg: Config) -> tuple[TrainState, dict]:
     """One update of the policy; the LAM stays as it is."""
-    grads, metrics, _ = gradients(loss_fn, state, batch, cfg.grad_accum)
+    B, T = batch.frames_BTHWC.shape[:2]
+    chance_BS = jax.random.gumbel(key, (B, T - 1)) if cfg.decisions else None
+    loss = partial(loss_fn, decisions=cfg.decisions)
+    grads, metrics, _ = gradients(loss, state, (batch, chance_BS), cfg.grad_accum)
     state, norms = apply_gradients(state, grads, cfg)
     return state, metrics | norms
 
@@ -102,7 +143,7 @@ def train_step(state: TrainState, batch: Batch, key: jax.Array, cfg: Config) -> 
 def evaluate(agent: Agent, batch: Batch, key: jax.Array) -> tuple[dict, jax.Array]:
     """The loss beside that of one who knows the actions' shares alone; shows the first clip."""
     logits_BSA, targets_BS = predict(agent, batch)
-    loss, (metrics, _) = loss_fn(agent, batch)
+    loss, (metrics, _) = loss_fn(agent, (batch, None))
     num_actions = agent.cfg.policy.num_actions
     metrics |= {
         "loss": loss,
@@ -123,6 +164,8 @@ def agent_config(cfg: Config, metadata: Metadata) -> AgentConfig:
         raise InputError("`pad_short`: a policy learns from whole windows; leave it out, or take a smaller `seq_len`")
     if cfg.seq_len <= cfg.model.context:
         raise InputError(f"`seq_len` {cfg.seq_len}: must be longer than the `context` of {cfg.model.context} frames")
+    if not 0 <= cfg.decisions < cfg.seq_len:
+        raise InputError(f"`decisions` {cfg.decisions}: must be 0, or 1 or more and less than `seq_len` {cfg.seq_len}")
     shape = metadata.frame_shape
     if cfg.targets == "true":
         if not metadata.num_actions:
@@ -140,7 +183,7 @@ def agent_config(cfg: Config, metadata: Metadata) -> AgentConfig:
 def clip_flops(cfg: Config, agent: AgentConfig) -> int:
     """Floating-point operations of a training step for one clip; the LAM only runs forward."""
     infer = flops.lam_infer(agent.lam, cfg.seq_len) if agent.lam else 0
-    return 3 * flops.policy(agent.policy, cfg.seq_len - 1) + infer
+    return 3 * flops.policy(agent.policy, cfg.decisions or cfg.seq_len - 1) + infer
 
 
 def main(cfg: Config) -> None:

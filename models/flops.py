@@ -34,6 +34,11 @@ def transformer(cfg: STConfig, num_patches: int, num_frames: int, past: int = 0)
     return 2 * (16 * M * M + 2 * N * M + 2 * (T + past) * M) * T * N * cfg.num_blocks
 
 
+def frames_alone(width: int, num_blocks: int, num_patches: int, num_frames: int) -> int:
+    """Of a transformer without attention over time, once for each frame, forward."""
+    return 2 * (12 * width * width + 2 * num_patches * width) * num_patches * num_frames * num_blocks
+
+
 def dense(rows: int, *widths: int) -> int:
     """Of dense layers one after another, forward: rows × widths[0] to widths[1] and so on."""
     return 2 * rows * sum(a * b for a, b in itertools.pairwise(widths))
@@ -109,9 +114,8 @@ def flow_read(cfg: "DynamicsConfig", num_frames: int, past: int = 0) -> int:
 
 
 def head_blocks(cfg: "DynamicsConfig", num_frames: int) -> int:
-    """Of a head's blocks, which lack attention over time, once for each frame."""
-    M, N = cfg.width, cfg.num_patches
-    return 2 * (12 * M * M + 2 * N * M) * N * num_frames * cfg.head_blocks
+    """Of a head's blocks, once for each frame."""
+    return frames_alone(cfg.width, cfg.head_blocks, cfg.num_patches, num_frames)
 
 
 def flow_head(cfg: "DynamicsConfig", num_frames: int) -> int:
@@ -155,4 +159,5 @@ def policy(cfg: "PolicyConfig", num_choices: int) -> int:
     """Of so many choices of a policy, each by its last frames."""
     rows, channels = cfg.num_patches * num_choices, cfg.context * cfg.patch_size**2 * cfg.frame_shape[2]
     gathered = dense(num_choices, cfg.num_patches * cfg.width, cfg.width, cfg.num_actions)
-    return num_choices * transformer(cfg, cfg.num_patches, 1) + dense(rows, channels, cfg.width) + gathered
+    blocks = frames_alone(cfg.width, cfg.num_blocks, cfg.num_patches, num_choices)
+    return blocks + dense(rows, channels, cfg.width) + gathered

@@ -85,7 +85,7 @@ class Policy(nnx.Module):
         columns = -(-cfg.frame_shape[1] // cfg.patch_size)
         self.patch_in = linear(cfg.context * channels, cfg.width, compute, rngs, bias=True)
         self.position_NM = init.positions(rngs, cfg.num_patches, cfg.width)
-        self.blocks = STTransformer(cfg, compute, rngs, Places(columns))
+        self.blocks = STTransformer(cfg, compute, rngs, Places(columns), sees_time=False)  # it is given one frame
         # What to do depends on where things are: no mean over the places, but a weight of its own for each.
         self.gather = linear(cfg.num_patches * cfg.width, cfg.width, compute, rngs)
         self.norm = RMSNorm(cfg.width)

@@ -61,7 +61,7 @@ def config(kind: str, data, ckpt_dir, **changes) -> train_policy.Config:
 def latent(coinrun, tmp_path_factory):
     """A policy of latent actions, hardly trained."""
     folder = tmp_path_factory.mktemp("latent")
-    train_policy.main(config("latent", coinrun, folder))
+    train_policy.main(config("latent", coinrun, folder, decisions=2))
     return folder
 
 
@@ -91,6 +91,28 @@ def test_what_is_predicted_after_a_frame_leads_on_from_it():
     assert np.abs(np.diff(logits_BSA, axis=1)).max() > 0.1
 
 
+def test_time_steps_at_which_the_action_changes_are_drawn_more_often():
+    actions_BT = np.array([[1, 1, 1, 1, 3, 3, 3, 3, 3]] * 300, np.int32)
+    frames = np.random.default_rng(0).integers(256, size=(1, 9, 8, 8, 3), dtype=np.uint8).repeat(300, axis=0)
+    agent = Agent(AgentConfig(SMALL, None), Compute(), nnx.Rngs(0))
+    agent.policy.action_out.kernel[...] = jnp.asarray(np.random.default_rng(1).normal(size=(8, 5)), jnp.float32)
+    batch, chance_BS = Batch(frames, actions_BT), jax.random.gumbel(jax.random.key(0), (300, 8))
+    some = jax.jit(train_policy.predict_some, static_argnums=(0, 3))
+    all_BSA, _ = train_policy.predict(agent, Batch(frames[:1], actions_BT[:1]))
+    logits_BKA, targets_BK, weights_BK = some(agent, batch, chance_BS, 1)
+    # By its logits a time step is known again.
+    times_B = np.abs(logits_BKA - all_BSA).max(axis=-1).argmin(axis=1)
+    np.testing.assert_allclose(logits_BKA[:, 0], all_BSA[0, times_B], atol=1e-5)
+    np.testing.assert_array_equal(targets_BK[:, 0], actions_BT[0, times_B])
+    np.testing.assert_array_equal(weights_BK[:, 0] < 1, times_B == 4)
+    np.testing.assert_allclose(
+        np.bincount(times_B, minlength=8) / 300, np.array([0.1, 1, 1, 1, 5, 1, 1, 1]) / 11.1, atol=0.06
+    )
+    logits_BKA, targets_BK, _ = some(agent, batch, chance_BS, 8)  # all of them, each once
+    assert (np.sort(targets_BK, axis=1) == actions_BT[:, :8]).all()
+    np.testing.assert_allclose(np.sort(logits_BKA, axis=1)[:2], np.sort(all_BSA, axis=1).repeat(2, axis=0), atol=1e-5)
+
+
 def test_latent_targets_are_what_leads_to_the_next_frame(coinrun, latent):
     agent = load_agent(latent)
     batch = ClipSource(coinrun, "val", 5).windows([0, 5], [0.0, 0.5])
@@ -107,7 +129,7 @@ def test_a_resumed_policy_equals_an_uninterrupted_one_and_its_lam_stays(coinrun,
     resumed = tmp_path / "resumed"
     shutil.copytree(latent, resumed)
     shutil.rmtree(resumed / "4")
-    train_policy.main(config("latent", coinrun, resumed))
+    train_policy.main(config("latent", coinrun, resumed, decisions=2))
     assert "at step 2" in capsys.readouterr().out
     variables = [nnx.to_pure_dict(nnx.state(load_agent(path))) for path in (resumed, latent)]
     jax.tree.map(np.testing.assert_array_equal, *variables)
@@ -117,6 +139,7 @@ def test_a_resumed_policy_equals_an_uninterrupted_one_and_its_lam_stays(coinrun,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"decisions": 4}, "`decisions` 4: must be 0, or 1 or more and less than `seq_len` 4"),
         ({"seq_len": 2}, "`seq_len` 2: must be longer than the `context` of 2 frames"),
         ({"data": "squares"}, "`lam_checkpoint`: made for frames of .64, 64, 3., but .* has .16, 16, 3."),
         ({"data": "film", "kind": "true"}, "`targets` true: .* has no discrete actions"),
