@@ -158,6 +158,8 @@ def dynamics_forward(cfg: "DynamicsConfig", num_frames: int, past: int = 0, extr
 def policy(cfg: "PolicyConfig", num_choices: int) -> int:
     """Of so many choices of a policy, each by its last frames."""
     rows, channels = cfg.num_patches * num_choices, cfg.context * cfg.patch_size**2 * cfg.frame_shape[2]
-    gathered = dense(num_choices, cfg.num_patches * cfg.width, cfg.width, cfg.num_actions)
+    everywhere, wide = cfg.num_patches * cfg.width, 4 * cfg.width
+    gathered = dense(num_choices, everywhere, cfg.width, cfg.num_actions)
+    gathered += dense(num_choices, everywhere, wide, wide, cfg.width)
     blocks = frames_alone(cfg.width, cfg.num_blocks, cfg.num_patches, num_choices)
     return blocks + dense(rows, channels, cfg.width) + gathered

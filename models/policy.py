@@ -86,8 +86,14 @@ class Policy(nnx.Module):
         self.patch_in = linear(cfg.context * channels, cfg.width, compute, rngs, bias=True)
         self.position_NM = init.positions(rngs, cfg.num_patches, cfg.width)
         self.blocks = STTransformer(cfg, compute, rngs, Places(columns), sees_time=False)  # it is given one frame
-        # What to do depends on where things are: no mean over the places, but a weight of its own for each.
-        self.gather = linear(cfg.num_patches * cfg.width, cfg.width, compute, rngs)
+        # What to do depends on where things are: no mean over the places, but a weight of its own for each; and what
+        # several places mean together is for two layers beside.
+        everywhere, wide = cfg.num_patches * cfg.width, 4 * cfg.width
+        self.gather = linear(everywhere, cfg.width, compute, rngs)
+        self.wide_norm = RMSNorm(everywhere)
+        self.wide_in = linear(everywhere, wide, compute, rngs, bias=True)
+        self.wide_mid = linear(wide, wide, compute, rngs, bias=True)
+        self.wide_out = linear(wide, cfg.width, compute, rngs, scale=0.0)
         self.norm = RMSNorm(cfg.width)
         self.action_out = linear(cfg.width, cfg.num_actions, compute, rngs, scale=0.0, bias=True)
 
@@ -101,7 +107,10 @@ class Policy(nnx.Module):
         changes = [4.0 * (now_BTNP - patches_BSNP[:, -T - k : -k]) for k in range(1, self.cfg.context)]
         x_BTNM = self.patch_in(jnp.concatenate([2.0 * now_BTNP - 1.0, *changes], axis=-1)) + self.position_NM[...]
         x_BTNM = self.blocks(x_BTNM.reshape(B * T, 1, N, M)).x_BTNM
-        hidden_BTM = self.norm(self.gather(x_BTNM.reshape(B, T, N * M)))
+        everywhere_BTX = x_BTNM.reshape(B, T, N * M)
+        wide_BTF = jax.nn.silu(self.wide_in(self.wide_norm(everywhere_BTX)))
+        wide_BTF += jax.nn.silu(self.wide_mid(wide_BTF))
+        hidden_BTM = self.norm(self.gather(everywhere_BTX) + self.wide_out(wide_BTF))
         return Chosen(self.action_out(hidden_BTM).astype(jnp.float32), hidden_BTM.astype(jnp.float32))
 
 
