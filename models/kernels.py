@@ -1,7 +1,6 @@
 """How the blocks are computed: attention and its choice of kernel, dense layers, norms, activation checkpointing."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -87,10 +86,6 @@ def attention(
             f"multiple of 8; here the device is {jax.local_devices()[0].device_kind}, the dtype {q_BSQD.dtype}, "
             f"the head width {head_width}"
         )
-    if implementation != "cudnn" and q_BSQD.dtype == jnp.float32 and (platform or jax.default_backend()) == "cpu":
-        B, S, Q, D = q_BSQD.shape
-        heads_ZSD = _attention_of_heads(*(_by_head(x_BSQD) for x_BSQD in (q_BSQD, k_BSQD, v_BSQD)), causal)
-        return heads_ZSD.reshape(B, Q, S, D).swapaxes(1, 2)
     S, lengths_B = q_BSQD.shape[1], None
     flash = implementation == "cudnn" or (implementation == "auto" and fits and on_gpu and S >= FLASH_LENGTH)
     if flash and S % 2:
@@ -107,48 +102,6 @@ def attention(
         implementation="cudnn" if flash else "xla",
     )
     return y_BSQD[:, :S]
-
-
-def _by_head(x_BSQD: jax.Array) -> jax.Array:
-    B, S, Q, D = x_BSQD.shape
-    return x_BSQD.swapaxes(1, 2).reshape(B * Q, S, D)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention_of_heads(q_ZSD: jax.Array, k_ZSD: jax.Array, v_ZSD: jax.Array, causal: bool) -> jax.Array:
-    """Softmax attention of Z heads, each for itself.
-
-    Its backward pass is written out: what XLA's CPU backend makes of the softmax's own takes three times as long.
-    """
-    return _attention_forward(q_ZSD, k_ZSD, v_ZSD, causal)[0]
-
-
-def _attention_forward(
-    q_ZSD: jax.Array, k_ZSD: jax.Array, v_ZSD: jax.Array, causal: bool
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    q_ZSD = q_ZSD * q_ZSD.shape[-1] ** -0.5
-    scores_ZSS = jnp.einsum("zsd,ztd->zst", q_ZSD, k_ZSD)
-    if causal:
-        scores_ZSS = jnp.where(jnp.tri(scores_ZSS.shape[-1], dtype=bool), scores_ZSS, -jnp.inf)
-    weights_ZSS = jax.nn.softmax(scores_ZSS, axis=-1)
-    y_ZSD = jnp.einsum("zst,ztd->zsd", weights_ZSS, v_ZSD)
-    return y_ZSD, (q_ZSD, k_ZSD, v_ZSD, weights_ZSS, y_ZSD)
-
-
-def _attention_backward(
-    causal: bool, saved: tuple[jax.Array, ...], grad_ZSD: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q_ZSD, k_ZSD, v_ZSD, weights_ZSS, y_ZSD = saved
-    common_ZS1 = jnp.sum(grad_ZSD * y_ZSD, axis=-1, keepdims=True)  # of a row's scores, whose weights sum to 1
-    scores_ZSS = weights_ZSS * (jnp.einsum("zsd,ztd->zst", grad_ZSD, v_ZSD) - common_ZS1)
-    return (
-        jnp.einsum("zst,ztd->zsd", scores_ZSS, k_ZSD) * q_ZSD.shape[-1] ** -0.5,
-        jnp.einsum("zst,zsd->ztd", scores_ZSS, q_ZSD),
-        jnp.einsum("zst,zsd->ztd", weights_ZSS, grad_ZSD),
-    )
-
-
-_attention_of_heads.defvjp(_attention_forward, _attention_backward)
 
 
 def _attention_with_past(
