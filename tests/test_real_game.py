@@ -241,7 +241,7 @@ def test_a_policy_acts_by_the_screen_that_it_sees(kind, game, world, policies):
             client = await connect()
             await client.receive("hello")
             frames, done = await begin(client, 1, 5), []
-            for by in (alone, both, [0, 0], alone, [1, 1], [0, HAND], [HAND, 1], *[both] * 12):
+            for by in (alone, both, [0, 0], alone, [1, 1], [0, HAND], [HAND, 1], *[both] * 40):
                 chosen = {HAND: JUMP}
                 for w, (player, frame) in enumerate(zip(players, frames, strict=True)):
                     if w in by:
