@@ -257,7 +257,7 @@ def test_interrupted_runs_leave_no_dataset_and_the_same_command_completes_it(dat
 
     def end(process: subprocess.Popen) -> tuple[int, str]:
         # The pipes close when the last worker is gone, so this also shows that none outlives its parent.
-        _, stderr = process.communicate(timeout=20)
+        _, stderr = process.communicate(timeout=60)
         with pytest.raises(InputError, match="no dataset here"):
             read_metadata(folder)
         whole = files_of(dataset)

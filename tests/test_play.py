@@ -47,7 +47,7 @@ from utils.actions import ActionLabel as Action
 from utils.cli import with_flags
 from utils.records import read_metadata, write_metadata
 
-TEN_SECONDS = 10
+A_MINUTE = 60  # no test should come near it, however busy the machine
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ class Client:
 
     async def receive(self, kind: str) -> tuple[dict, np.ndarray]:
         """The next message, which must be of this type: its header and the bytes after it."""
-        message = await self.socket.receive(timeout=TEN_SECONDS)
+        message = await self.socket.receive(timeout=A_MINUTE)
         assert message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY), message
         if message.type == aiohttp.WSMsgType.TEXT:
             header, body = json.loads(message.data), b""
@@ -98,7 +98,7 @@ async def serving(game: Game):
 
 async def left(game: Game) -> None:
     """Waits until nobody plays."""
-    async with asyncio.timeout(TEN_SECONDS):
+    async with asyncio.timeout(A_MINUTE):
         while game.players:
             await asyncio.sleep(0.01)
 
@@ -191,7 +191,7 @@ def test_four_play_and_a_fifth_is_refused(game):
             fifth = await connect()
             header, _ = await fifth.receive("refused")
             assert "4 places are taken" in header["message"]
-            assert (await fifth.socket.receive(timeout=TEN_SECONDS)).type == aiohttp.WSMsgType.CLOSE
+            assert (await fifth.socket.receive(timeout=A_MINUTE)).type == aiohttp.WSMsgType.CLOSE
 
             async def game_of(i: int, client: Client) -> list[np.ndarray]:
                 await client.start(i, seed=i)
@@ -201,7 +201,7 @@ def test_four_play_and_a_fifth_is_refused(game):
             async with session.get(server.make_url("/status")) as response:
                 assert await response.json() == {"players": 4, "max_players": 4}
             await clients[0].socket.close()
-            async with asyncio.timeout(TEN_SECONDS):
+            async with asyncio.timeout(A_MINUTE):
                 while len(game.players) == 4:
                     await asyncio.sleep(0.01)
             late = await connect()  # a place is free again
@@ -264,8 +264,8 @@ def test_malformed_messages_are_answered_and_do_no_harm(game, caplog):
             await oversized.receive("hello")
             with contextlib.suppress(ConnectionError):  # the server may hang up while we still write
                 await oversized.socket.send_bytes(bytes(MAX_UPLOAD + 1))
-                await oversized.socket.receive(timeout=TEN_SECONDS)
-            async with asyncio.timeout(TEN_SECONDS):
+                await oversized.socket.receive(timeout=A_MINUTE)
+            async with asyncio.timeout(A_MINUTE):
                 while len(game.players) > 1:
                     await asyncio.sleep(0.01)
             await client.step(1)
@@ -319,7 +319,7 @@ def test_cut_connections_leave_nothing_behind(game):
                     await asyncio.gather(*(cut(data, 0.03 * i) for data in endings[::2]))
                     await asyncio.gather(*(cut(data, 0.03 * i) for data in endings[1::2]))
                     await client.step(i)
-                async with asyncio.timeout(TEN_SECONDS):
+                async with asyncio.timeout(A_MINUTE):
                     while len(game.players) > 1:
                         await asyncio.sleep(0.01)
                 await client.step(0)  # behind all that the device still had to do
@@ -332,7 +332,7 @@ def test_cut_connections_leave_nothing_behind(game):
             await everything()
             before = held()
             await everything()
-            async with asyncio.timeout(TEN_SECONDS):
+            async with asyncio.timeout(A_MINUTE):
                 while held() != before:
                     await asyncio.sleep(0.1)
         await left(game)
@@ -668,7 +668,7 @@ class Browser:
         self.count += 1
         await self.socket.send_json({"id": self.count, "method": method, "params": params})
         while True:
-            message = await self.socket.receive_json(timeout=30)
+            message = await self.socket.receive_json(timeout=A_MINUTE)
             if message.get("method") == "Runtime.exceptionThrown":
                 self.errors.append(message["params"])
             if message.get("id") == self.count:
@@ -680,7 +680,7 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    async def until(self, expression: str, seconds: float = 20):
+    async def until(self, expression: str, seconds: float = A_MINUTE):
         """Waits for the expression to become true."""
         end = time.monotonic() + seconds
         while not (value := await self.value(expression)):
@@ -718,7 +718,7 @@ async def browsing(folder: Path, url: str):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         port_file = folder / "profile" / "DevToolsActivePort"
-        async with asyncio.timeout(30), aiohttp.ClientSession() as session:
+        async with asyncio.timeout(A_MINUTE), aiohttp.ClientSession() as session:
             while not (port_file.exists() and port_file.read_text().strip()):
                 await asyncio.sleep(0.05)
             port, pages = port_file.read_text().split()[0], []
@@ -813,7 +813,7 @@ def test_two_worlds_are_played_in_a_browser(trained, tmp_path):
             await browser.value("document.querySelector('#gif').click()")
             await browser.until("document.querySelector('#status').textContent.startsWith('Saved')")
             file = tmp_path / "downloads" / "jafar.gif"
-            async with asyncio.timeout(TEN_SECONDS):
+            async with asyncio.timeout(A_MINUTE):
                 while not file.exists():
                     await asyncio.sleep(0.05)
             recorded = await browser.value("recorded")
@@ -856,7 +856,7 @@ def test_two_worlds_are_played_in_a_browser(trained, tmp_path):
 
 
 async def nobody_left(url: str) -> None:
-    async with asyncio.timeout(TEN_SECONDS), aiohttp.ClientSession() as session:
+    async with asyncio.timeout(A_MINUTE), aiohttp.ClientSession() as session:
         while True:
             async with session.get(f"{url}status") as response:
                 if (await response.json())["players"] == 0:

@@ -112,7 +112,7 @@ def nginx(folder: Path, port: int, upstream: str):
     )
     process = subprocess.Popen([NGINX, "-c", str(file), "-p", str(folder)], stderr=subprocess.PIPE, text=True)
     try:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
@@ -199,7 +199,7 @@ def test_only_a_named_page_may_frame_it(server, knowing, tmp_path, named):
         async with (
             TestServer(app, host="127.0.0.1", port=port) as page,
             browsing(tmp_path / "page", str(page.make_url("/"))) as browser,
-            asyncio.timeout(20),
+            asyncio.timeout(60),
         ):
             # Chromium shows an error page of its own in the place of one that may not be framed.
             framed = None

@@ -33,7 +33,7 @@ from player.real import MAX_LEVEL, RealGame
 from player.screen import Request
 from sources.recording import record
 from tests.conftest import CACHE
-from tests.test_play import CHROMIUM, TEN_SECONDS, Client, browsing, left, serving
+from tests.test_play import A_MINUTE, CHROMIUM, Client, browsing, left, serving
 from tests.test_policy import GAME, OPTIONS
 from utils.actions import ActionLabel as Action
 from utils.cli import with_flags
@@ -201,7 +201,7 @@ def test_the_end_of_a_level_is_told_and_it_is_closed():
             await real.start(np.zeros(FRAME, np.uint8))
         assert not opened[0].env.closed
         del state
-        async with asyncio.timeout(TEN_SECONDS):
+        async with asyncio.timeout(A_MINUTE):
             while not opened[0].env.closed:  # the game's thread lets go of it a little later
                 gc.collect()
                 await asyncio.sleep(0.01)
