@@ -28,7 +28,7 @@ from sources.environment import EPISODE_STEPS, Environment, Recording, Recording
 from sources.levels import Outcomes, clips_of, outcomes_of, total
 from utils.records import FORMAT_VERSION, SPLITS, Clip, Metadata, Shard, write_metadata, write_shard
 
-RECORDER_VERSION = 6  # changes where the same seed gives other bytes: a run is not continued by another recorder
+RECORDER_VERSION = 7  # changes where the same seed gives other bytes: a run is not continued by another recorder
 SHARD_BYTES = 16 * EPISODE_STEPS * 64 * 64 * 3  # of frames: 0.2 GB in memory while it is made
 
 

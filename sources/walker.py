@@ -1,8 +1,9 @@
-"""An agent for CoinRun that walks to the right and jumps where it must, as late as it safely may.
+"""An agent for CoinRun that walks to the right, not too fast, and jumps where it must, as late as it safely may.
 
 What it does is nearly a function of what there is to be seen about it, so whoever imitates it need not guess a plan.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +11,10 @@ import numpy as np
 
 from sources.policies import choose_actions
 
-SEE = 14  # time steps that it looks ahead; at full speed CoinRun's view reaches as far, and no further
-KEPT = 3  # time steps for which it does what it has decided, and then looks again
-NEAR = 6  # time steps within which it looks for the moment of a jump
+PACE = "RIGHT", "RIGHT", "NONE"  # how it walks: a jump at two thirds of the full speed ends within CoinRun's view
+SEE = 20, 17, 14  # time steps that it looks ahead: as far as its view reaches, and less where nothing leads so far
+KEPT = len(PACE)  # time steps for which it does what it has decided, and then looks again
+NEAR = 9  # time steps within which it looks for the moment of a jump
 HOLD = 10  # time steps for which it means to hold a jump; it may think otherwise where it sees what it lands on
 AFTER = 4  # time steps after those of a plan within which something must move
 STILL = 0.03  # of the pixels: fewer change from one time step to the next where it is stuck
@@ -33,6 +35,23 @@ class Futures(NamedTuple):
     changed_NT: np.ndarray
 
 
+class Tried(NamedTuple):
+    """How N plans end.
+
+    lived_N: Time steps until the level ends, of those that were looked at.
+    moves_N: Whether it gets anywhere by walking afterwards.
+    solved_N: Whether the level is solved.
+    """
+
+    lived_N: np.ndarray
+    moves_N: np.ndarray
+    solved_N: np.ndarray
+
+    def good(self, see_N: int | np.ndarray) -> np.ndarray:
+        """Which solve the level, or lead on and are survived for as many time steps."""
+        return self.solved_N | ((self.lived_N >= see_N) & self.moves_N)
+
+
 class Plan(NamedTuple):
     """What to do from a state on, up to where there is something to decide.
 
@@ -48,8 +67,9 @@ class Plan(NamedTuple):
 class Walker:
     """Acts in environments side by side.
 
-    It walks as long as that leads on. Before a death, or where it would get stuck, it jumps: of all time steps to jump
-    at it takes one shortly before the last, if there is a choice. If none is good, it goes back first, in the air too,
+    It walks as long as that leads on, at a pace at which it sees what a jump from there lands on. Before a death, or
+    where it would get stuck, it jumps: of all time steps to jump at it takes one shortly before the last, if there is a
+    choice; if none is good, it takes a run-up. Where that does not help either, it goes back first, in the air too,
     where it sees that it would land badly. It never waits, since no picture tells how long one has. The game is
     restored with its random numbers, so what it looks at comes as it was.
 
@@ -59,7 +79,7 @@ class Walker:
       explore: Share of the decisions, of which there is one wherever it has done what it meant to, at which it acts at
         random for a few time steps, so that whoever imitates it also sees how to get out of trouble.
       weights_A: How often it then chooses each action, by comparison.
-      names: The actions, among them NONE, LEFT, RIGHT and RIGHT+UP.
+      names: The actions, among them those of `PACE`, LEFT, RIGHT and RIGHT+UP.
     """
 
     def __init__(
@@ -73,8 +93,12 @@ class Walker:
     ):
         self._explore, self._weights_A, self._rng = explore, weights_A, rng
         self._back, self._walk, self._jump = (names.index(name) for name in ("LEFT", "RIGHT", "RIGHT+UP"))
-        self._ways_on = (self._walk, self._jump)
-        self._jumps = [[self._walk] * steps + [self._jump] * HOLD for steps in range(NEAR)]
+        self._pace = [names.index(name) for name in PACE] * SEE[0]
+        self._ways_on = {*self._pace, self._jump}
+        self._jumps = [
+            [run_up[:steps] + [self._jump] * HOLD for steps in range(NEAR)]
+            for run_up in (self._pace, [self._walk] * NEAR)
+        ]
         self._detours = [
             [self._back] * away + way
             for away in (2, 5, 8, 12)
@@ -100,25 +124,31 @@ class Walker:
 
     def plan(self, state: bytes) -> Plan:
         """What it does from a state on."""
-        walking = futures(self._ahead, state, [[self._walk] * SEE], self._walk)
+        walking = futures(self._ahead, state, [self._pace[: SEE[0]]], self._walk)
         lived = int(walking.lived_N[0])
         if walking.solved_N[0]:
-            return Plan([self._walk] * lived)
+            return Plan(self._pace[:lived])
         # Whoever begins to walk needs two time steps to move.
         stuck = np.flatnonzero(walking.changed_NT[0, 2:lived] < STILL)
-        if lived == SEE and not len(stuck):
-            return Plan([self._walk] * KEPT)
-        trouble = min(lived, int(stuck[0]) + 2 if len(stuck) else SEE)
-        good_N = self._good(self._tries, state, self._jumps)[0]
-        good_N[trouble + 1 :] = False
-        if good_N.any():
-            steps = self._best(good_N)
-            return Plan(self._jumps[steps] if steps < KEPT else [self._walk] * KEPT)
-        good_N, lived_N = self._good(self._others, state, self._detours)
+        if lived == SEE[0] and not len(stuck):
+            return Plan(self._pace[:KEPT])
+        trouble = min(lived, int(stuck[0]) + 2 if len(stuck) else SEE[0])
+        tried: list[Tried] = []
+        for see, way in itertools.product(SEE, range(len(self._jumps))):
+            if way == len(tried):
+                tried.append(self._try(self._tries, state, self._jumps[way]))
+            good_N = tried[way].good(see)
+            good_N[trouble + 1 :] = False
+            if good_N.any():
+                steps, jumps = self._best(good_N), self._jumps[way]
+                return Plan(jumps[steps] if steps < KEPT else jumps[-1][:KEPT])
+        detours = self._try(self._others, state, self._detours)
+        # Who goes back sees so much longer what comes.
+        good_N = detours.good(np.array([SEE[-1] + plan.count(self._back) for plan in self._detours]))
         if good_N.any():
             return Plan(self._detours[int(good_N.argmax())][:KEPT], easy=False)
         # It will die, unless things look otherwise a step later.
-        return Plan(self._detours[int(lived_N.argmax())][:1], easy=False, hopeless=True)
+        return Plan(self._detours[int(detours.lived_N.argmax())][:1], easy=False, hopeless=True)
 
     def go_on(self, state: bytes, rest: list[int]) -> list[int]:
         """What it does from a state on where so much of what it meant to do is left: that, or something else.
@@ -160,18 +190,14 @@ class Walker:
         for env in (self._ahead, self._tries, self._others):
             env.close()
 
-    def _good(self, env: Any, state: bytes, plans: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Which plans solve the level, or lead on and are survived as far as is to be seen; also how long each lives.
-
-        Who goes back sees so much longer what comes.
-        """
+    def _try(self, env: Any, state: bytes, plans: list[list[int]]) -> Tried:
         length_N = np.array([len(plan) for plan in plans])
-        seen_N = np.array([SEE + plan.count(self._back) for plan in plans])
-        lived_N, solved_N, changed_NT = futures(env, state, plans, self._walk, AFTER)
+        after = max(AFTER, SEE[0] + 1 - int(length_N.max()))
+        lived_N, solved_N, changed_NT = futures(env, state, plans, self._walk, after)
         moves_N = np.array(
             [rows_T[n : n + AFTER].max() >= STILL for rows_T, n in zip(changed_NT, length_N, strict=True)]
         )
-        return solved_N | ((lived_N >= seen_N) & moves_N), lived_N
+        return Tried(lived_N, moves_N, solved_N)
 
     def _looks(self, rest: Sequence[int] | np.ndarray) -> bool:
         """Whether it looks anew: where nothing is left to be done, and now and then in a jump."""

@@ -170,7 +170,7 @@ class Always:
         pass
 
 
-def in_coinrun(walker, action, num=150):
+def in_coinrun(walker, action, num=250):
     game, shown = make(1), make(1)
     steps = Corrections(game, shown, walker, Always(action), GAME.pictures, np.random.default_rng(0)).record(num)
     game.close()
@@ -233,7 +233,7 @@ def test_what_leads_on_is_forgiven_and_what_does_not_is_mended(walker):
         [lived] = futures(walker._ahead, state, [[RIGHT] * FORGIVEN], RIGHT).lived_N
         if forgiven:
             assert not mended
-            assert lived == FORGIVEN or plan.actions == [RIGHT] * lived
+            assert lived == FORGIVEN or plan.actions == walker._pace[:lived]
         else:
             assert mended == ([] if plan.hopeless or plan.actions[0] == RIGHT else plan.actions)
         seen[forgiven] += 1
