@@ -172,18 +172,24 @@ class Walker:
         plan = self.plan(state)
         if plan.hopeless:
             return None
-        return [] if plan.actions[0] == action else plan.actions
+        # Who stands before a wall would always be a step away from what helps.
+        return [] if plan.actions[0] == action and not self._stands(self._gone_on(state, action)) else plan.actions
 
     def forgives(self, state: bytes, action: int) -> bool:
         """Whether it would still get on without a detour had another one, who walks or jumps, done so for a while."""
         if action not in self._ways_on:
             return False
-        found = futures(self._ahead, state, [[action] * FORGIVEN], self._walk)
+        found = self._gone_on(state, action)
         if self._ahead.observe()[2][0]:  # the level has ended
             return bool(found.solved_N[0])
-        if found.changed_NT.max() < STILL:
-            return False
-        return self.plan(self._ahead.get_state()[0]).easy
+        return not self._stands(found) and self.plan(self._ahead.get_state()[0]).easy
+
+    def _gone_on(self, state: bytes, action: int) -> Futures:
+        return futures(self._ahead, state, [[action] * FORGIVEN], self._walk)
+
+    @staticmethod
+    def _stands(found: Futures) -> bool:
+        return bool(found.changed_NT.max() < STILL)
 
     def close(self) -> None:
         """Frees the environments in which it looks ahead."""

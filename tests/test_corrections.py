@@ -11,7 +11,7 @@ from sources.corrections import PASSED, SHOWN, Corrections
 from sources.environment import RecordingOptions
 from sources.levels import levels_of
 from sources.procgen import ACTION_NAMES, Procgen
-from sources.walker import FORGIVEN, Plan, Walker, futures
+from sources.walker import FORGIVEN, STILL, Plan, Walker, futures
 
 WAIT, BACK, RIGHT, JUMP = (ACTION_NAMES.index(name) for name in ("NONE", "LEFT", "RIGHT", "RIGHT+UP"))
 OPTIONS = RecordingOptions(policy="walker", planner_explore=0.0, use_backgrounds=False, restrict_themes=True)
@@ -170,7 +170,7 @@ class Always:
         pass
 
 
-def in_coinrun(walker, action, num=250):
+def in_coinrun(walker, action, num=150):
     game, shown = make(1), make(1)
     steps = Corrections(game, shown, walker, Always(action), GAME.pictures, np.random.default_rng(0)).record(num)
     game.close()
@@ -180,7 +180,7 @@ def in_coinrun(walker, action, num=250):
 
 def test_who_walks_blindly_through_coinrun_is_shown_how_to_get_on(walker):
     """It would else stand before the first wall."""
-    steps = in_coinrun(walker, RIGHT)
+    steps = in_coinrun(walker, RIGHT, 500)
     assert sum(step.success for step in steps) == sum(step.terminated for step in steps)
     assert len({step.level for step in steps}) > 1
     assert {RIGHT, JUMP} < {step.action for step in steps}
@@ -191,15 +191,17 @@ def test_who_walks_blindly_through_coinrun_is_shown_how_to_get_on(walker):
 def test_who_does_as_the_walker_would_is_left_alone(walker, monkeypatch):
     state = make(1).get_state()[0]
     detour = Plan([BACK, BACK, JUMP], easy=False)
-    for plan, action, mended in (
-        (detour, BACK, []),
-        (detour, JUMP, detour.actions),
-        (Plan([RIGHT, JUMP]), RIGHT, []),
-        (Plan([RIGHT, JUMP]), JUMP, [RIGHT, JUMP]),
-        (Plan([BACK], easy=False, hopeless=True), RIGHT, None),
+    for plan, action, stands, mended in (
+        (detour, BACK, False, []),
+        (detour, JUMP, False, detour.actions),
+        (Plan([RIGHT, JUMP]), RIGHT, False, []),
+        (Plan([RIGHT, JUMP]), RIGHT, True, [RIGHT, JUMP]),
+        (Plan([RIGHT, JUMP]), JUMP, False, [RIGHT, JUMP]),
+        (Plan([BACK], easy=False, hopeless=True), RIGHT, True, None),
     ):
         monkeypatch.setattr(walker, "forgives", lambda state, action: False)
         monkeypatch.setattr(walker, "plan", lambda state, plan=plan: plan)
+        monkeypatch.setattr(walker, "_stands", lambda found, stands=stands: stands)
         assert walker.mend(state, action) == mended
 
 
@@ -226,18 +228,20 @@ def test_who_jumps_blindly_is_left_alone_but_where_it_would_die(walker):
 
 def test_what_leads_on_is_forgiven_and_what_does_not_is_mended(walker):
     env, seen = make(2), {True: 0, False: 0}
+    assert not walker.forgives(env.get_state()[0], WAIT)  # who stands
     for _ in range(70):
         state = env.get_state()[0]
         forgiven, plan = walker.forgives(state, RIGHT), walker.plan(state)
         mended = walker.mend(state, RIGHT)
-        [lived] = futures(walker._ahead, state, [[RIGHT] * FORGIVEN], RIGHT).lived_N
+        gone_on = futures(walker._ahead, state, [[RIGHT] * FORGIVEN], RIGHT)
+        [lived], moves = gone_on.lived_N, gone_on.changed_NT.max() >= STILL
         if forgiven:
             assert not mended
             assert lived == FORGIVEN or plan.actions == walker._pace[:lived]
         else:
-            assert mended == ([] if plan.hopeless or plan.actions[0] == RIGHT else plan.actions)
+            assert mended == (None if plan.hopeless else [] if moves and plan.actions[0] == RIGHT else plan.actions)
         seen[forgiven] += 1
-        assert not walker.forgives(state, WAIT)
+        assert not walker.forgives(state, BACK)
         env.act(walker.act(env, env.observe()[2]))
     assert min(seen.values()) > 3
     env.close()
