@@ -53,6 +53,7 @@ PRESETS = {
     "coinrun": Config(),
     "tiny": Config(
         model=PolicyConfig(width=64, num_heads=4, num_blocks=2, context=2),
+        decisions=8,
         batch_size=16,
         seq_len=16,
         num_steps=800,

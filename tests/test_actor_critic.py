@@ -236,7 +236,7 @@ def config(of, world, ckpt_dir, **changes):
 def clone(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     cfg = config(train_policy.PRESETS["tiny"], world, folder, lam_checkpoint=str(world), num_steps=2)
-    train_policy.main(dataclasses.replace(cfg, model=dataclasses.replace(POLICY, num_actions=0)))
+    train_policy.main(dataclasses.replace(cfg, decisions=0, model=dataclasses.replace(POLICY, num_actions=0)))
     return folder
 
 
