@@ -93,7 +93,7 @@ class Walker:
     ):
         self._explore, self._weights_A, self._rng = explore, weights_A, rng
         self._back, self._walk, self._jump = (names.index(name) for name in ("LEFT", "RIGHT", "RIGHT+UP"))
-        self._pace = [names.index(name) for name in PACE] * SEE[0]
+        self._pace = ([names.index(name) for name in PACE] * SEE[0])[: SEE[0]]
         self._ways_on = {*self._pace, self._jump}
         self._jumps = [
             [run_up[:steps] + [self._jump] * HOLD for steps in range(NEAR)]
@@ -124,7 +124,7 @@ class Walker:
 
     def plan(self, state: bytes) -> Plan:
         """What it does from a state on."""
-        walking = futures(self._ahead, state, [self._pace[: SEE[0]]], self._walk)
+        walking = futures(self._ahead, state, [self._pace], self._walk)
         lived = int(walking.lived_N[0])
         if walking.solved_N[0]:
             return Plan(self._pace[:lived])
