@@ -227,7 +227,7 @@ def test_who_jumps_blindly_is_left_alone_but_where_it_would_die(walker):
 
 
 def test_what_leads_on_is_forgiven_and_what_does_not_is_mended(walker):
-    env, seen = make(2), {True: 0, False: 0}
+    env, seen, may_brake = make(2), {True: 0, False: 0}, 0
     assert not walker.forgives(env.get_state()[0], WAIT)  # who stands
     for _ in range(70):
         state = env.get_state()[0]
@@ -242,6 +242,8 @@ def test_what_leads_on_is_forgiven_and_what_does_not_is_mended(walker):
             assert mended == (None if plan.hopeless else [] if moves and plan.actions[0] == RIGHT else plan.actions)
         seen[forgiven] += 1
         assert not walker.forgives(state, BACK)
+        may_brake += walker.forgives(state, WAIT)
         env.act(walker.act(env, env.observe()[2]))
     assert min(seen.values()) > 3
+    assert 3 < may_brake < 70
     env.close()

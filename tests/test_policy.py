@@ -51,18 +51,12 @@ def coinrun(tmp_path_factory):
 
 def config(kind: str, data, ckpt_dir, **changes) -> train_policy.Config:
     paths = {"lam_checkpoint": WORLD, "data_dir": str(data), "ckpt_dir": str(ckpt_dir), "compile_cache": str(CACHE)}
-    few = {
-        "batch_size": 2,
-        "seq_len": 4,
-        "decisions": 0,
-        "num_steps": 4,
-        "val_batches": 1,
-        "warmup_steps": 0,
-        "decay_steps": 1,
-    }
+    few = {"batch_size": 2, "seq_len": 4, "decisions": 0, "val_batches": 1}
+    short = {"num_steps": 4, "warmup_steps": 0, "decay_steps": 1}
     often = {"checkpoint_interval": 2, "val_interval": 4, "log_interval": 1}
     model = PolicyConfig(width=8, num_heads=2, num_blocks=1, patch_size=16, context=2)
-    return dataclasses.replace(train_policy.PRESETS["tiny"], model=model, targets=kind, **paths | few | often | changes)
+    given = paths | few | short | often | changes
+    return dataclasses.replace(train_policy.PRESETS["tiny"], model=model, targets=kind, **given)
 
 
 @pytest.fixture(scope="module")
